@@ -1,0 +1,192 @@
+"""Every setting of a run, checked where it is made. Letters in the docstrings are the paper's."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from d2r_fast.envs.metaworld import parse_tasks
+from d2r_fast.ops.select_routes import MAX_MODULES
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetConfig:
+    """Sizes and switches of one D2R network; actor and critics share them."""
+
+    n_modules: int = 16
+    """N, modules a network; route i chooses among i sources."""
+    top_k: int = 2
+    """K, sources kept a route; N keeps all of them (dense soft routing)."""
+    module_width: int = 128
+    """D, width of a module."""
+    base_width: int = 400
+    """H, width of the base's two layers and of the task row."""
+    route_widths: tuple[int, ...] = (256, 256)
+    """Hidden widths of the routing network."""
+    residual: bool = True
+    """Add a module's input to its output."""
+    resrouting: bool = True
+    """ResRouting: mask gradients into sources that today's routing would hardly pick."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.n_modules <= MAX_MODULES, f"net.n_modules: expected 1..{MAX_MODULES}, got {self.n_modules}")
+        _require(
+            1 <= self.top_k <= self.n_modules,
+            f"net.top_k: expected 1..n_modules={self.n_modules}, got {self.top_k}",
+        )
+        for name in ("module_width", "base_width"):
+            _require(getattr(self, name) >= 1, f"net.{name}: expected at least 1, got {getattr(self, name)}")
+        _require(
+            len(self.route_widths) > 0 and min(self.route_widths) >= 1,
+            f"net.route_widths: expected one or more positive widths, got {self.route_widths}",
+        )
+
+    @property
+    def n_logits(self) -> int:
+        """R, routing logits a row: route i has i of them, i = 1..N."""
+        return self.n_modules * (self.n_modules + 1) // 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SacConfig:
+    """The multi-task SAC update."""
+
+    gamma: float = 0.99
+    """Discount."""
+    target_rate: float = 0.005
+    """Share of the critics that the target critics take over at each update."""
+    actor_lr: float = 3e-4
+    """Adam step of the actor."""
+    critic_lr: float = 3e-4
+    """Adam step of both critics."""
+    alpha_lr: float = 1e-4
+    """Adam step of the tasks' log alpha."""
+    init_alpha: float = 1.0
+    """Entropy coefficient of every task at the start, in (0, 1]."""
+    max_grad_norm: float = 1.0
+    """Gradient norm that the actor, each critic and log alpha are clipped to, each for itself."""
+    max_task_loss: float = 3000.0
+    """A task whose summed loss exceeds this is left out of the update."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.gamma <= 1, f"sac.gamma: expected 0..1, got {self.gamma}")
+        _require(0 < self.target_rate <= 1, f"sac.target_rate: expected within (0, 1], got {self.target_rate}")
+        _require(0 < self.init_alpha <= 1, f"sac.init_alpha: expected within (0, 1], got {self.init_alpha}")
+        for name in ("actor_lr", "critic_lr", "alpha_lr", "max_grad_norm", "max_task_loss"):
+            _require(getattr(self, name) > 0, f"sac.{name}: expected more than 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """The environments that training collects from."""
+
+    tasks: str = "MT10"
+    """MT10, or a comma-separated list of Meta-World tasks such as `reach,door-close`."""
+    envs_per_task: int = 1
+    """n, environments a task."""
+    episode_length: int = 200
+    """Steps after which an episode is cut off."""
+    reward_scale: float = 0.1
+    """Rewards are multiplied by this before they are stored; evaluation reports them unscaled."""
+
+    def __post_init__(self) -> None:
+        _require(self.envs_per_task >= 1, f"env.envs_per_task: expected at least 1, got {self.envs_per_task}")
+        _require(1 <= self.episode_length <= 500, f"env.episode_length: expected 1..500, got {self.episode_length}")
+        _require(self.reward_scale > 0, f"env.reward_scale: expected more than 0, got {self.reward_scale}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation: greedy routes, mean action, success at any step, on environments of its own."""
+
+    every_chunks: int = 50
+    """Evaluate after this many chunks, and at the end."""
+    episodes: int = 32
+    """Episodes a task."""
+    envs_per_task: int = 8
+    """Environments a task; `episodes` must be a multiple of it."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_chunks", "episodes", "envs_per_task"):
+            _require(getattr(self, name) >= 1, f"eval.{name}: expected at least 1, got {getattr(self, name)}")
+        _require(
+            self.episodes % self.envs_per_task == 0,
+            f"eval.episodes: expected a multiple of eval.envs_per_task={self.envs_per_task}, got {self.episodes}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run, whole: the file config.json of a run directory is this and nothing else."""
+
+    name: str = "run"
+    """What the run directory is called after."""
+    seed: int = 0
+    """Seeds networks, noise, replay draws and environments."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner and the replay live; auto takes a GPU where there is one."""
+    deterministic: bool = False
+    """Same seed, same machine: identical metrics, also across a stop at a checkpoint and a resume."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    net: NetConfig = field(default_factory=NetConfig)
+    sac: SacConfig = field(default_factory=SacConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    total_steps: int = 1_500_000
+    """Environment steps of each task, after the warm-up."""
+    warmup_steps: int = 4_000
+    """Environment steps of each task before the first update."""
+    chunk_steps: int = 200
+    """Environment steps of each task between two exchanges of parameters."""
+    updates_per_step: float = 1.0
+    """Ratio: updates per environment step of each task."""
+    batch_size: int = 1280
+    """B, rows an update, the same number of every task."""
+    replay_capacity: int = 1_000_000
+    """Transitions kept, over all tasks."""
+    bootstrap_at_time_limit: bool = True
+    """False stores the time limit as a terminal state, as the published code does."""
+    checkpoint_every_chunks: int = 250
+    """Save after this many chunks, and at the end; the last three are kept."""
+    checkpoint_replay: bool = True
+    """Save the replay too; without it a resumed run starts with another warm-up."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name != "" and all(c.isalnum() or c in "-_." for c in self.name),
+            f"name: expected letters, digits, '-', '_' or '.', got {self.name!r}",
+        )
+        _require(0 <= self.seed < 2**32, f"seed: expected 0..2**32-1, got {self.seed}")
+        for name in ("total_steps", "warmup_steps", "chunk_steps", "batch_size", "checkpoint_every_chunks"):
+            _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
+        _require(self.updates_per_step > 0, f"updates_per_step: expected more than 0, got {self.updates_per_step}")
+        n = self.env.envs_per_task
+        _require(self.chunk_steps % n == 0, f"chunk_steps: expected a multiple of env.envs_per_task={n}, got {self.chunk_steps}")
+        for name in ("total_steps", "warmup_steps"):
+            _require(
+                getattr(self, name) % self.chunk_steps == 0,
+                f"{name}: expected a multiple of chunk_steps={self.chunk_steps}, got {getattr(self, name)}",
+            )
+        n_tasks = self.n_tasks
+        _require(
+            self.batch_size % n_tasks == 0,
+            f"batch_size: expected a multiple of the {n_tasks} tasks, got {self.batch_size}",
+        )
+        _require(
+            self.replay_capacity // n_tasks >= self.chunk_steps,
+            f"replay_capacity: expected at least chunk_steps x tasks = {self.chunk_steps * n_tasks}, "
+            f"got {self.replay_capacity}",
+        )
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The T tasks in order. ValueError where `env.tasks` names one that does not exist."""
+        return parse_tasks(self.env.tasks)
+
+    @property
+    def n_tasks(self) -> int:
+        """T."""
+        return len(self.task_names)

@@ -1,0 +1,119 @@
+"""The D2R network: base, task row, routing network, N routed modules, head; E of them side by side.
+
+Where the paper, the published code and this file differ:
+
+dev   paper                              published code                       here
+1     one-hot task id through a layer    the same                             one-hot product, no gradient to the id
+2     routes kept as dense gates         N(N+1)/2 float32 a row               K integers a route (`Routes.index`)
+3     ResRouting stops a gradient where  softmax > 1/(i+1) keeps it flowing,  as the code; values never change
+      the source "would not be routed"   through the ReLU layer only
+4     temperature from Gumbel            multinomial without replacement      Gumbel top-k: the same distribution
+5     -                                  a Parameter handed to Adam           a buffer of the agent, set by `sac.update`
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from d2r_fast.config import NetConfig
+from d2r_fast.ops import Routes, routed_modules, select_routes
+from d2r_fast.ops.select_routes import RouteMode
+
+
+class RouteChoice(NamedTuple):
+    """How a forward pass chooses routes; the fields are those of `select_routes`."""
+
+    mode: RouteMode = "greedy"
+    temperature: Tensor | None = None  # [B]
+    noise: Tensor | None = None  # [E,B,R] standard Gumbel
+    index: Tensor | None = None  # [E,B,N,K]
+
+    @staticmethod
+    def sampled(temperature: Tensor, noise: Tensor) -> "RouteChoice":
+        return RouteChoice("sampled", temperature, noise)
+
+    @staticmethod
+    def given(index: Tensor) -> "RouteChoice":
+        return RouteChoice("given", index=index)
+
+
+GREEDY = RouteChoice()
+
+
+def gumbel(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard Gumbel noise with the dtype and device of `like`."""
+    exponential = torch.empty(shape, dtype=like.dtype, device=like.device).exponential_(generator=generator)
+    return -exponential.log_()
+
+
+class EnsembleLinear(nn.Module):
+    """E linear layers as one: [E,B,in] or [B,in] (shared input) -> [E,B,out].
+
+    Weights start uniform in +-`init_range` (1/sqrt(out) unless told), biases at 0.1 or, with an init_range, like the
+    weights: the published initial values.
+    """
+
+    def __init__(self, n_nets: int, n_in: int, n_out: int, init_range: float | None = None):
+        super().__init__()
+        bound = n_out**-0.5 if init_range is None else init_range
+        self.weight = nn.Parameter(torch.empty(n_nets, n_out, n_in).uniform_(-bound, bound))
+        bias = torch.empty(n_nets, n_out)
+        self.bias = nn.Parameter(bias.fill_(0.1) if init_range is None else bias.uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_nets = self.weight.shape[0]
+        if x.dim() == 2:
+            x = x.expand(n_nets, *x.shape)
+        return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
+
+
+class RoutedNetwork(nn.Module):
+    """E independent D2R networks over the same rows.
+
+    n_in     width of a row: the observation, for a critic with the action behind it
+    n_out    width of the output
+    n_tasks  T
+    n_nets   E
+    """
+
+    def __init__(self, n_in: int, n_out: int, n_tasks: int, n_nets: int, cfg: NetConfig):
+        super().__init__()
+        self.cfg, self.n_in, self.n_tasks, self.n_nets = cfg, n_in, n_tasks, n_nets
+        hidden, width = cfg.base_width, cfg.module_width
+        self.base = nn.ModuleList([EnsembleLinear(n_nets, n_in, hidden), EnsembleLinear(n_nets, hidden, hidden)])
+        self.task = EnsembleLinear(n_nets, n_tasks, hidden)
+        route_widths = (hidden, *cfg.route_widths, cfg.n_logits)
+        self.route = nn.ModuleList(
+            EnsembleLinear(n_nets, n, m) for n, m in zip(route_widths[:-1], route_widths[1:], strict=True)
+        )
+        self.module0 = EnsembleLinear(n_nets, hidden, width)
+        bound = width**-0.5
+        self.module_weight = nn.Parameter(
+            torch.empty(n_nets, cfg.n_modules - 1, width, width).uniform_(-bound, bound)
+        )
+        self.module_bias = nn.Parameter(torch.full((n_nets, cfg.n_modules - 1, width), 0.1))
+        self.head = EnsembleLinear(n_nets, width, n_out, init_range=3e-3)
+
+    def forward(self, x: Tensor, task: Tensor, choice: RouteChoice = GREEDY) -> tuple[Tensor, Routes]:
+        """x [B,n_in] float, task [B] integer in [0,T) -> out [E,B,n_out], routes.
+
+        ResRouting's gradient mask applies in training mode only. An out-of-range task adds nothing to `task`'s bias.
+        ValueError: x or task has another shape, or `choice` does not fit the rows.
+        """
+        if x.dim() != 2 or x.shape[1] != self.n_in:
+            raise ValueError(f"x: expected [B,{self.n_in}], got {list(x.shape)}")
+        if task.shape != x.shape[:1]:
+            raise ValueError(f"task: expected [B={x.shape[0]}], got {list(task.shape)}")
+        onehot = (task[:, None] == torch.arange(self.n_tasks, device=task.device)).to(x.dtype)  # [B,T]
+        f = self.base[1](self.base[0](x).relu())  # [E,B,H]
+        logits = f * self.task(onehot)  # [E,B,H]
+        for layer in self.route[:-1]:
+            logits = layer(logits).relu()
+        logits = self.route[-1](logits)  # [E,B,R]
+        routes = select_routes(
+            logits, self.cfg.top_k, *choice, resrouting=self.cfg.resrouting and self.training
+        )
+        h0 = self.module0(f.relu()).relu()  # [E,B,D]
+        mixed = routed_modules(h0, self.module_weight, self.module_bias, routes, self.cfg.residual)  # [E,B,D]
+        return self.head(mixed), routes

@@ -1,0 +1,132 @@
+"""All N modules as one operation with its own backward (algorithm: "network" and "ResRouting").
+
+The backward needs two adjoints a module, because ResRouting lets a gradient pass a source's residual but not its
+ReLU layer; plain autograd knows only one gradient a tensor.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from d2r_fast.ops.select_routes import Routes
+
+
+def routed_modules(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes, residual: bool = True) -> Tensor:
+    """Run modules 1..N-1 on top of module 0's output and mix what route N picked:
+
+        x_i = sum_k gate_ik h_{index_ik};   h_i = ReLU(W_i x_i + b_i) + x_i;   returns x_N
+
+    h0     [E,B,D] float     module 0's output, h_0 = ReLU(z_0). Its gradient is A_0: what may enter the ReLU layer.
+    weight [E,N-1,D,D]       W_i at [:, i-1], applied as W_i x (out, in); dtype and device of h0
+    bias   [E,N-1,D]         b_i at [:, i-1]
+    routes index, gate, flow [E,B,N,K] as `select_routes` returns them; gate may be any weights in h0's dtype
+    residual                 False: h_i = ReLU(W_i x_i + b_i)
+
+    Returns [E,B,D]. Differentiable once, in h0, weight, bias and routes.gate.
+    ValueError: shapes, dtypes or devices disagree. An out-of-range index is undefined behaviour.
+    """
+    _check(h0, weight, bias, routes)
+    return _RoutedModules.apply(h0, weight, bias, routes.gate, routes.index, routes.flow, residual)
+
+
+class _RoutedModules(torch.autograd.Function):
+    """Buffers are module-major, [N,E*B,D], so that a module's rows are one matrix and a source is one row of it.
+    A row keeps each source at most once a route, so `index_add_` never meets the same target twice: no order to fix."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, h0: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, index: Tensor, flow: Tensor, residual: bool
+    ) -> Tensor:
+        n_nets, rows, width = h0.shape
+        n_modules, n_kept = index.shape[2:]
+        at = _buffer_rows(index)  # [N,K,E*B]
+        gate_of = gate.flatten(0, 1).permute(1, 2, 0).unsqueeze(-1)  # [N,K,E*B,1]
+        h = h0.new_empty(n_modules, n_nets * rows, width)
+        x = h0.new_empty(n_modules, n_nets * rows, width)  # x[i-1] is x_i
+        open_relu = torch.empty_like(x, dtype=torch.bool)  # z_i > 0 at [i-1]; the head's slot stays unused
+        every_row = h.view(-1, width)
+        h[0] = h0.flatten(0, 1)
+        for i in range(1, n_modules + 1):
+            x_i = x[i - 1]
+            torch.mul(gate_of[i - 1, 0], every_row.index_select(0, at[i - 1, 0]), out=x_i)
+            for k in range(1, min(n_kept, i)):
+                x_i.addcmul_(gate_of[i - 1, k], every_row.index_select(0, at[i - 1, k]))
+            if i < n_modules:
+                z = torch.baddbmm(bias[:, i - 1, None], x_i.view(n_nets, rows, width), weight[:, i - 1].mT)
+                z = z.flatten(0, 1)
+                torch.gt(z, 0, out=open_relu[i - 1])
+                torch.clamp_min(z, 0, out=h[i])
+                if residual:
+                    h[i] += x_i
+        ctx.save_for_backward(weight, at, gate_of, flow, h, x, open_relu)
+        ctx.residual = residual
+        return x[n_modules - 1].view(n_nets, rows, width).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_mixed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, at, gate_of, flow, h, x, open_relu = ctx.saved_tensors
+        n_modules, n_kept = at.shape[:2]
+        n_nets, rows, width = d_mixed.shape
+        flow_of = flow.flatten(0, 1).permute(1, 2, 0).unsqueeze(-1)  # [N,K,E*B,1]
+        every_row = h.view(-1, width)
+        to_relu = torch.zeros_like(every_row)  # A: reaches a module's ReLU layer
+        to_residual = torch.zeros_like(every_row)  # S: reaches a module's residual
+        d_gate = h.new_zeros(n_modules, n_kept, n_nets * rows)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        d_bias = weight.new_empty(n_nets, n_modules - 1, width) if ctx.needs_input_grad[2] else None
+
+        def push(i: int, d_main: Tensor, d_res: Tensor | None) -> None:
+            d_all = d_main if d_res is None else d_main + d_res
+            for k in range(min(n_kept, i)):
+                source, g, m = at[i - 1, k], gate_of[i - 1, k], flow_of[i - 1, k]
+                d_relu = d_main * m if d_res is None else torch.addcmul(d_res, d_main, m)
+                to_relu.index_add_(0, source, g * d_relu)
+                to_residual.index_add_(0, source, g * d_all)
+                d_gate[i - 1, k] = (d_all * every_row.index_select(0, source)).sum(-1)
+
+        flow_of = flow_of.to(h.dtype)
+        push(n_modules, d_mixed.flatten(0, 1), None)
+        adjoint_relu, adjoint_residual = to_relu.view_as(h), to_residual.view_as(h)
+        for i in range(n_modules - 1, 0, -1):
+            d_z = (adjoint_relu[i] * open_relu[i - 1]).view(n_nets, rows, width)
+            x_i = x[i - 1].view(n_nets, rows, width)
+            if d_weight is not None:
+                torch.bmm(d_z.mT, x_i, out=d_weight[:, i - 1])
+            if d_bias is not None:
+                torch.sum(d_z, 1, out=d_bias[:, i - 1])
+            push(i, (d_z @ weight[:, i - 1]).flatten(0, 1), adjoint_residual[i] if ctx.residual else None)
+        d_h0 = adjoint_relu[0].view(n_nets, rows, width)
+        return d_h0, d_weight, d_bias, d_gate.permute(2, 0, 1).view(n_nets, rows, n_modules, n_kept), None, None, None
+
+
+def _buffer_rows(index: Tensor) -> Tensor:
+    """Source indices [E,B,N,K] -> rows of the module-major buffer [N,K,E*B]: source * E*B + row."""
+    flat = index.flatten(0, 1).permute(1, 2, 0).long()
+    n_rows = flat.shape[2]
+    return flat * n_rows + torch.arange(n_rows, device=index.device)
+
+
+def _check(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes) -> None:
+    if h0.dim() != 3 or not h0.is_floating_point():
+        raise ValueError(f"h0: expected a float tensor [E,B,D], got {h0.dtype} {list(h0.shape)}")
+    n_nets, rows, width = h0.shape
+    if routes.index.dim() != 4 or list(routes.index.shape[:2]) != [n_nets, rows]:
+        raise ValueError(f"routes.index: expected [E={n_nets},B={rows},N,K], got {list(routes.index.shape)}")
+    if routes.index.is_floating_point():
+        raise ValueError(f"routes.index: expected an integer dtype, got {routes.index.dtype}")
+    n_modules = routes.index.shape[2]
+    for name, value, shape, dtype in (
+        ("weight", weight, [n_nets, n_modules - 1, width, width], h0.dtype),
+        ("bias", bias, [n_nets, n_modules - 1, width], h0.dtype),
+        ("routes.gate", routes.gate, list(routes.index.shape), h0.dtype),
+        ("routes.flow", routes.flow, list(routes.index.shape), torch.bool),
+    ):
+        if list(value.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+        if value.dtype != dtype:
+            raise ValueError(f"{name}: expected {dtype}, got {value.dtype}")
+        if value.device != h0.device:
+            raise ValueError(f"{name}: expected device {h0.device} like h0, got {value.device}")
