@@ -1,0 +1,71 @@
+"""Runs updates: draws a batch and noise, calls `sac.update`, keeps metrics on the device until asked for them."""
+
+import torch
+from torch import Tensor
+
+from d2r_fast import sac
+from d2r_fast.config import RunConfig
+from d2r_fast.policy import Agent
+from d2r_fast.replay import Replay
+
+
+def restore_generator(generator: torch.Generator, state: Tensor) -> None:
+    """Set a random stream to a saved state. One saved on the other kind of device cannot be continued here: the
+    stream then stays as it was seeded."""
+    if state.shape == generator.get_state().shape:
+        generator.set_state(state)
+
+
+class Learner:
+    """Owns the optimiser and the learner's random stream."""
+
+    def __init__(self, agent: Agent, replay: Replay, cfg: RunConfig, seed: int):
+        self.agent, self._replay, self._cfg = agent, replay, cfg
+        self.optimiser = sac.make_optimiser(agent, cfg.sac)
+        self.generator = torch.Generator(replay.device).manual_seed(seed)
+        self.updates = 0
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
+
+    def run(self, n_updates: int) -> None:
+        """Make `n_updates` updates."""
+        for _ in range(n_updates):
+            batch = self._replay.sample(self._cfg.batch_size, self.generator)
+            draws = sac.draw(self.agent, batch, self.generator)
+            metrics = sac.update(self.agent, self.optimiser, batch, draws, self._cfg.sac)
+            if self._summed == 0:
+                self._sums = {name: value.clone() for name, value in metrics.items()}
+            else:
+                for name, value in metrics.items():
+                    self._sums[name] += value
+            self._summed += 1
+            self.updates += 1
+
+    def take_metrics(self) -> dict[str, list[float]]:
+        """Means since the last call, a list a metric (one number a task, network, or one). Synchronises the device.
+
+        FloatingPointError: one of them is not finite; the agent's parameters are then worth nothing.
+        """
+        means = {name: (total / self._summed).reshape(-1).tolist() for name, total in self._sums.items()}
+        first = self.updates - self._summed + 1
+        self._sums, self._summed = {}, 0
+        for name, values in means.items():
+            bad = [i for i, value in enumerate(values) if value - value != 0]
+            if bad:
+                raise FloatingPointError(
+                    f"updates {first}..{self.updates}: {name}[{bad[0]}] is {values[bad[0]]}; training has diverged "
+                    "(a lower learning rate or reward scale may help). Saved checkpoints are untouched."
+                )
+        return means
+
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimiser.load_state_dict(state["optimiser"])
+        restore_generator(self.generator, state["generator"])
+        self.updates = state["updates"]

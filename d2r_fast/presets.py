@@ -1,0 +1,90 @@
+"""Named run configurations, and a configuration as JSON and back."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import cattrs
+
+from d2r_fast.config import EnvConfig, EvalConfig, NetConfig, RunConfig, SacConfig
+
+PRESETS: dict[str, tuple[str, RunConfig]] = {
+    "mt10-rand": (
+        "MT10 with random goals, the published settings: 1.5 M steps a task",
+        RunConfig(name="mt10-rand"),
+    ),
+    "quick": (
+        "four easier tasks at a size that two CPU cores learn",
+        RunConfig(
+            name="quick",
+            env=EnvConfig(
+                tasks="drawer-close,handle-press,door-close,coffee-button",
+                envs_per_task=8,
+                episode_length=100,
+                reward_scale=0.1,
+            ),
+            net=NetConfig(n_modules=6, top_k=2, module_width=64, base_width=128, route_widths=(64,)),
+            sac=SacConfig(actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3),
+            eval=EvalConfig(every_chunks=12, episodes=32, envs_per_task=8),
+            total_steps=120_000,
+            warmup_steps=4_000,
+            chunk_steps=800,
+            updates_per_step=0.5,
+            batch_size=256,
+            replay_capacity=600_000,
+            checkpoint_every_chunks=30,
+        ),
+    ),
+}
+
+
+
+def _make_converter() -> cattrs.Converter:
+    """Dataclasses out of JSON, where a wrong type is an error: cattrs alone would turn 1.5 into the integer 1."""
+    converter = cattrs.Converter(forbid_extra_keys=True)
+
+    def exactly(*kinds: type) -> Any:
+        def structure(value: Any, target: type) -> Any:
+            if type(value) not in kinds:
+                raise TypeError(f"expected {target.__name__}, got {value!r}")
+            return target(value)
+
+        return structure
+
+    converter.register_structure_hook(int, exactly(int))
+    converter.register_structure_hook(float, exactly(int, float))
+    converter.register_structure_hook(bool, exactly(bool))
+    converter.register_structure_hook(str, exactly(str))
+    return converter
+
+
+_converter = _make_converter()
+
+
+def config_to_json(cfg: RunConfig) -> str:
+    """The whole configuration, as config.json holds it."""
+    return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
+
+
+def config_from_json(text: str, where: str) -> RunConfig:
+    """The inverse of `config_to_json`. ValueError, naming `where`: not JSON, an unknown field, or a bad value."""
+    try:
+        raw: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    try:
+        return _converter.structure(raw, RunConfig)
+    except cattrs.BaseValidationError as error:
+        problems = "; ".join(cattrs.transform_error(error))
+        raise ValueError(f"{where}: not a run configuration: {problems}") from error
+
+
+def load_config(name: str) -> RunConfig:
+    """A preset by name, or a configuration file by path. ValueError: neither."""
+    if name in PRESETS:
+        return PRESETS[name][1]
+    path = Path(name)
+    if path.is_file():
+        return config_from_json(path.read_text(encoding="utf-8"), str(path))
+    raise ValueError(f"{name!r}: expected a preset ({', '.join(PRESETS)}) or the path of a config.json")

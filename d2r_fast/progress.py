@@ -1,0 +1,64 @@
+"""The progress bar and the clock of a run."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows updates made, updates/s, steps/s of all tasks together, time left, mean and worst success."""
+
+    def __init__(self, tasks: tuple[str, ...], total_updates: int, updates: int, show: bool):
+        self._tasks = tasks
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._steps = 0
+        self._success = ""
+        self._bar = tqdm(
+            total=total_updates,
+            initial=updates,
+            unit="update",
+            disable=not show,
+            bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} updates [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside towards `name`."""
+        begin = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - begin
+
+    def steps_taken(self, steps: int) -> None:
+        """`steps` more environment steps, of all tasks together."""
+        self._steps += steps
+        self._describe()
+
+    def evaluated(self, success: list[float]) -> None:
+        worst = min(range(len(success)), key=success.__getitem__)
+        mean = sum(success) / len(success)
+        self._success = f", success mean {mean:.2f}, worst {success[worst]:.2f} ({self._tasks[worst]})"
+        self._describe()
+
+    def _describe(self) -> None:
+        rate = self._steps / (time.perf_counter() - self._start)
+        self._bar.set_postfix_str(f"{rate:.0f} steps/s{self._success}", refresh=False)
+
+    def show(self, updates: int) -> None:
+        """Move the bar to `updates`."""
+        self._bar.update(updates - self._bar.n)
+
+    def write(self, line: str) -> None:
+        """Print a line without breaking the bar."""
+        self._bar.write(line)
+
+    def times(self) -> dict[str, float]:
+        """Seconds since this process began the run: in all, and of each phase."""
+        seconds = {"wall": time.perf_counter() - self._start, **self._seconds}
+        return {name: round(value, 3) for name, value in seconds.items()}
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,126 @@
+"""The replay: a ring buffer on the learner's device that gives the same number of rows of every task."""
+
+from typing import NamedTuple
+
+import psutil
+import torch
+from torch import Tensor
+
+from d2r_fast.sac import Batch
+
+
+class Transitions(NamedTuple):
+    """S transitions of each of T tasks, on any device."""
+
+    obs: Tensor  # [T,S,O] float32
+    action: Tensor  # [T,S,A] float32
+    reward: Tensor  # [T,S] float32, scaled
+    terminal: Tensor  # [T,S] bool
+    next_obs: Tensor  # [T,S,O] float32
+    route: Tensor  # [T,S,N,K] uint8: the sources the actor's routes kept
+
+
+class Replay:
+    """Preallocated storage for `capacity` transitions over all T tasks; every task holds the same number.
+
+    The routes take N K bytes a transition (32 at the published sizes); dense 0/1 gates in float32 would take 544.
+    MemoryError: more than the device has free, told before anything is allocated.
+    """
+
+    def __init__(
+        self,
+        n_tasks: int,
+        capacity: int,
+        obs_size: int,
+        action_size: int,
+        route_shape: tuple[int, int],
+        device: torch.device,
+    ):
+        self.n_tasks, self.rows_per_task, self.device = n_tasks, capacity // n_tasks, device
+        self._shapes = {
+            "obs": ((obs_size,), torch.float32),
+            "action": ((action_size,), torch.float32),
+            "reward": ((), torch.float32),
+            "terminal": ((), torch.bool),
+            "next_obs": ((obs_size,), torch.float32),
+            "route": (route_shape, torch.uint8),
+        }
+        self._require_memory()
+        # Zeros written, not just reserved: the memory is taken here, not bit by bit while training runs.
+        self._store = Transitions(
+            **{
+                name: torch.empty(n_tasks, self.rows_per_task, *shape, dtype=dtype, device=device).zero_()
+                for name, (shape, dtype) in self._shapes.items()
+            }
+        )
+        self.size = 0  # filled rows of each task
+        self._head = 0  # where the next row goes
+        self._task = torch.arange(n_tasks, device=device)
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory the storage takes."""
+        per_row = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self._shapes.values())
+        return per_row * self.n_tasks * self.rows_per_task
+
+    def _require_memory(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else psutil.virtual_memory().available
+        if self.n_bytes > free:
+            raise MemoryError(
+                f"replay_capacity: {self.rows_per_task * self.n_tasks:,} transitions need {self.n_bytes / 2**30:.1f} "
+                f"GiB, but {self.device} has {free / 2**30:.1f} GiB free"
+            )
+
+    def add(self, new: Transitions) -> None:
+        """Append S <= rows_per_task transitions a task; the oldest are overwritten. ValueError: other shapes."""
+        n_new = new.reward.shape[1]
+        if n_new > self.rows_per_task:
+            raise ValueError(f"expected at most {self.rows_per_task} transitions a task at once, got {n_new}")
+        for name, store, value in zip(Transitions._fields, self._store, new, strict=True):
+            expected = [self.n_tasks, n_new, *store.shape[2:]]
+            if list(value.shape) != expected:
+                raise ValueError(f"{name}: expected {expected}, got {list(value.shape)}")
+            first = min(n_new, self.rows_per_task - self._head)
+            store[:, self._head : self._head + first].copy_(value[:, :first])
+            store[:, : n_new - first].copy_(value[:, first:])
+        self._head = (self._head + n_new) % self.rows_per_task
+        self.size = min(self.size + n_new, self.rows_per_task)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """B rows, B/T of every task, drawn uniformly and independently; `generator` lives on the replay's device."""
+        if self.size == 0:
+            raise RuntimeError("the replay is empty: collect before sampling")
+        row = torch.randint(
+            self.size, (self.n_tasks, batch_size // self.n_tasks), generator=generator, device=self.device
+        )
+        flat = (row + self._task[:, None] * self.rows_per_task).flatten()  # [B]
+        rows = Transitions(*(store.flatten(0, 1).index_select(0, flat) for store in self._store))
+        return Batch(
+            obs=rows.obs,
+            action=rows.action,
+            reward=rows.reward,
+            terminal=rows.terminal.to(rows.reward.dtype),
+            next_obs=rows.next_obs,
+            task=self._task.repeat_interleave(batch_size // self.n_tasks),
+            route=rows.route,
+        )
+
+    def state_dict(self) -> dict[str, object]:
+        """The filled part, on the CPU."""
+        filled = {n: s[:, : self.size].cpu() for n, s in zip(Transitions._fields, self._store, strict=True)}
+        return {"head": self._head, "size": self.size, "rows": filled}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` gave. ValueError: it was made with another capacity, tasks or sizes."""
+        size, head, rows = state["size"], state["head"], state["rows"]
+        fits = size <= self.rows_per_task and (size == self.rows_per_task or head == size)
+        for name, store in zip(Transitions._fields, self._store, strict=True):
+            expected = [self.n_tasks, size, *store.shape[2:]]
+            if not fits or list(rows[name].shape) != expected:
+                raise ValueError(
+                    f"saved replay: {name} is {list(rows[name].shape)} (next row {head}), which does not fit "
+                    f"{self.rows_per_task} rows a task of shape {expected}"
+                )
+            store[:, :size].copy_(rows[name])
+        self.size, self._head = size, head % self.rows_per_task

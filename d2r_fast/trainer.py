@@ -1,0 +1,218 @@
+"""The training loop: collect a chunk, make the updates it pays for, evaluate, log, save; and go on after a stop."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from d2r_fast.checkpoint import save_checkpoint
+from d2r_fast.collector import Collector
+from d2r_fast.config import RunConfig
+from d2r_fast.envs import MultiTaskEnvs, make_envs
+from d2r_fast.evaluate import evaluate
+from d2r_fast.learner import Learner, restore_generator
+from d2r_fast.metrics import MetricsLog
+from d2r_fast.policy import Agent
+from d2r_fast.presets import config_to_json
+from d2r_fast.progress import Progress
+from d2r_fast.replay import Replay
+
+# A stop waits for this many updates at most, and the progress bar moves once in as many.
+UPDATES_AT_ONCE = 10
+
+# Independent random streams of one seed.
+_NETWORKS, _LEARNER, _ACTING, _TRAIN_ENVS, _EVAL_ENVS = range(5)
+
+
+def stream_seed(seed: int, stream: int, epoch: int = 0) -> int:
+    """A seed below 2**30 for one of a run's random streams; `epoch` counts restarts of that stream."""
+    return int(np.random.SeedSequence(seed, spawn_key=(stream, epoch)).generate_state(1)[0]) >> 2
+
+
+def choose_device(wanted: str) -> torch.device:
+    """ "auto", "cpu" or "cuda" -> a device. ValueError: a GPU was asked for and torch finds none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: expected a GPU for 'cuda', but torch {torch.__version__} finds none (see d2r info)")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def make_agent(cfg: RunConfig, device: torch.device) -> Agent:
+    """The agent of a configuration, with initial parameters drawn from its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(cfg.seed, _NETWORKS))
+        agent = Agent(
+            MultiTaskEnvs.obs_size, MultiTaskEnvs.action_size, cfg.n_tasks, cfg.net, init_alpha=cfg.sac.init_alpha
+        )
+    return agent.to(device)
+
+
+class Trainer:
+    """One run in one directory. Steps are counted per task, the warm-up's included.
+
+    Counters alone say what comes next: updates owed for steps taken, the end of a chunk, or another chunk. So a run
+    can stop between any two updates and go on from there.
+    """
+
+    def __init__(self, cfg: RunConfig, run_dir: Path, resume: dict[str, Any] | None = None, show_progress: bool = True):
+        """resume: what `load_checkpoint` gave, for `run_dir` to go on from.
+
+        Whatever is wrong with the configuration, the device, the memory or the checkpoint is raised before anything
+        is written.
+        """
+        self.cfg, self.run_dir, self.tasks = cfg, run_dir, cfg.task_names
+        self.device = choose_device(cfg.device)
+        if cfg.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer is written before it is read
+        self.agent = make_agent(cfg, self.device)
+        self.replay = Replay(
+            len(self.tasks),
+            cfg.replay_capacity,
+            MultiTaskEnvs.obs_size,
+            MultiTaskEnvs.action_size,
+            (cfg.net.n_modules, cfg.net.top_k),
+            self.device,
+        )
+        self.learner = Learner(self.agent, self.replay, cfg, stream_seed(cfg.seed, _LEARNER))
+        self._acting_generator = torch.Generator(self.device).manual_seed(stream_seed(cfg.seed, _ACTING))
+        self.steps = 0
+        self._chunks_ended = 0
+        self._evaluations = 0
+        self._env_epoch = 0
+        self._collected: dict[str, Any] = {}  # what the last chunk's collection adds to its log record
+        if resume is not None:
+            self._load(resume)
+        self._saved_at: tuple[int, int] | None = None
+        self._collector = Collector(
+            self._make_envs(), self.agent, self.device, self._acting_generator, not cfg.bootstrap_at_time_limit
+        )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(config_to_json(cfg), encoding="utf-8")
+        self._log = MetricsLog(run_dir, self.tasks, resume["metrics_length"] if resume else None)
+        total_updates = int(cfg.total_steps * cfg.updates_per_step)
+        self._progress = Progress(self.tasks, total_updates, self.learner.updates, show_progress)
+        self._stop_requested = False
+
+    @property
+    def finished(self) -> bool:
+        return self._chunks_ended * self.cfg.chunk_steps >= self.cfg.warmup_steps + self.cfg.total_steps
+
+    def run(self) -> bool:
+        """Train to the end, or until SIGINT or SIGTERM; saves either way. Returns whether the run is finished."""
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            if self.replay.size == 0 and self.steps > 0:
+                self._refill_replay()
+            while not self._stop_requested and not self.finished:
+                owed = self._updates_owed()
+                if owed > 0:
+                    with self._progress.phase("learn"):
+                        self.learner.run(min(owed, UPDATES_AT_ONCE))
+                    self._progress.show(self.learner.updates)
+                elif self.steps > self._chunks_ended * self.cfg.chunk_steps:
+                    self._end_chunk()
+                else:
+                    self._collect_chunk()
+            self._save()
+        finally:
+            self._progress.close()
+            self._log.close()
+            self._collector.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return self.finished
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._stop_requested:
+            raise KeyboardInterrupt  # asked twice: at once, without saving
+        self._stop_requested = True
+        self._progress.write(f"{signal.Signals(number).name}: saving and leaving (again: leave at once, unsaved)")
+
+    def _updates_owed(self) -> int:
+        """Updates that the steps so far have paid for and that are not made."""
+        paid = int((self.steps - self.cfg.warmup_steps) * self.cfg.updates_per_step)
+        return max(0, paid - self.learner.updates)
+
+    def _make_envs(self) -> MultiTaskEnvs:
+        env = self.cfg.env
+        seed = stream_seed(self.cfg.seed, _TRAIN_ENVS, self._env_epoch)
+        return make_envs(self.tasks, env.envs_per_task, env.episode_length, seed, env.reward_scale)
+
+    def _collect_chunk(self) -> None:
+        with self._progress.phase("collect"):
+            chunk = self._collector.collect(self.cfg.chunk_steps // self.cfg.env.envs_per_task)
+            self.replay.add(chunk.transitions)
+        self.steps += self.cfg.chunk_steps
+        self._progress.steps_taken(self.cfg.chunk_steps * len(self.tasks))
+        self._collected = {
+            "episodes": [len(s) for s in chunk.success],
+            "active_modules": chunk.active_modules.tolist(),
+        }
+        if all(chunk.success):  # every task had an episode end in this chunk
+            self._collected["success"] = [float(np.mean(s)) for s in chunk.success]
+            self._collected["scaled_return"] = [float(np.mean(r)) for r in chunk.episode_return]
+
+    def _refill_replay(self) -> None:
+        """After a resume without a saved replay: another warm-up, whose steps do not count."""
+        for _ in range(self.cfg.warmup_steps // self.cfg.chunk_steps):
+            chunk = self._collector.collect(self.cfg.chunk_steps // self.cfg.env.envs_per_task)
+            self.replay.add(chunk.transitions)
+
+    def _end_chunk(self) -> None:
+        self._chunks_ended += 1
+        counts = {"steps": self.steps, "updates": self.learner.updates}
+        record = {"kind": "train", **counts, **self._collected, **self.learner.take_metrics()}
+        self._log.write({**record, "time": self._progress.times()})
+        if self._chunks_ended % self.cfg.eval.every_chunks == 0 or self.finished:
+            self._evaluate(counts)
+        if self._chunks_ended % self.cfg.checkpoint_every_chunks == 0:
+            self._save()
+
+    def _evaluate(self, counts: dict[str, int]) -> None:
+        with self._progress.phase("evaluate"):
+            seed = stream_seed(self.cfg.seed, _EVAL_ENVS, self._evaluations)
+            result = evaluate(self.agent, self.tasks, self.cfg.env.episode_length, self.cfg.eval, seed)
+        self._evaluations += 1
+        record = {"kind": "eval", **counts, "mean_success": result.mean_success, **result._asdict()}
+        self._log.write({**record, "time": self._progress.times()})
+        self._progress.evaluated(result.success)
+
+    def _save(self) -> None:
+        if self._saved_at == (self.steps, self.learner.updates):
+            return
+        with self._progress.phase("save"):
+            save_checkpoint(self.run_dir, self.steps, self._state())
+        self._saved_at = (self.steps, self.learner.updates)
+        if self.cfg.deterministic and not self.finished:
+            # EnvPool's state cannot be saved. New environments here make a resumed run see what this one sees.
+            self._env_epoch += 1
+            self._collector.replace_envs(self._make_envs())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "config": config_to_json(self.cfg),
+            "agent": self.agent.state_dict(),
+            "learner": self.learner.state_dict(),
+            "replay": self.replay.state_dict() if self.cfg.checkpoint_replay else None,
+            "acting_generator": self._acting_generator.get_state(),
+            "steps": self.steps,
+            "chunks_ended": self._chunks_ended,
+            "evaluations": self._evaluations,
+            "env_epoch": self._env_epoch + 1,
+            "collected": self._collected,
+            "metrics_length": self._log.length(),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.agent.load_state_dict(state["agent"])
+        self.learner.load_state_dict(state["learner"])
+        if state["replay"] is not None:
+            self.replay.load_state_dict(state["replay"])
+        restore_generator(self._acting_generator, state["acting_generator"])
+        self.steps, self._chunks_ended = state["steps"], state["chunks_ended"]
+        self._evaluations, self._env_epoch = state["evaluations"], state["env_epoch"]
+        self._collected = state["collected"]
