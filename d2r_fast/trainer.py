@@ -91,8 +91,8 @@ class Trainer:
             self._make_envs(), self.agent, self.device, self._acting_generator, not cfg.bootstrap_at_time_limit
         )
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(config_to_json(cfg), encoding="utf-8")
         self._log = MetricsLog(run_dir, self.tasks, resume["metrics_length"] if resume else None)
+        (run_dir / "config.json").write_text(config_to_json(cfg), encoding="utf-8")
         total_updates = int(cfg.total_steps * cfg.updates_per_step)
         self._progress = Progress(self.tasks, total_updates, self.learner.updates, show_progress)
         self._stop_requested = False

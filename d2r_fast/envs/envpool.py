@@ -49,13 +49,15 @@ class EnvPoolEnvs(MultiTaskEnvs):
         for task in tasks:
             if task in ENVPOOL_DEPARTURES:
                 # Level 3 is the caller of make_envs.
-                warnings.warn(f"{task} differs from the official task in EnvPool: {ENVPOOL_DEPARTURES[task]}", stacklevel=3)
+                warnings.warn(f"{task} differs in EnvPool from the official: {ENVPOOL_DEPARTURES[task]}", stacklevel=3)
 
         self.tasks = tuple(tasks)
         self.envs_per_task = envs_per_task
         self.episode_length = episode_length
         self.reward_scale = reward_scale
-        self._state = "made"  # then "ready" <-> "stepping", at last "closed"
+        # Then "ready" <-> "stepping", at last "closed"; "broken" while a call is at work, and so ever after if it fails
+        # half way, when another recv would wait for rows that never come.
+        self._state = "made"
         envpool = _import_envpool()
         self._pools: list[Any] = [
             envpool.make(
@@ -72,6 +74,7 @@ class EnvPoolEnvs(MultiTaskEnvs):
 
     def reset(self) -> np.ndarray:
         self._expect("reset", "made", "ready")
+        self._state = "broken"
         for pool in self._pools:
             pool.async_reset()
         obs = self._empty(OBS_SIZE)  # [T,n,O]
@@ -89,12 +92,14 @@ class EnvPoolEnvs(MultiTaskEnvs):
         if not np.isfinite(action).all():
             k, i, _ = np.argwhere(~np.isfinite(action))[0]
             raise ValueError(f"action: not finite for task {self.tasks[k]}, environment {i}: {action[k, i]}")
+        self._state = "broken"
         for pool, pool_action in zip(self._pools, action, strict=True):
             pool.send(pool_action)
         self._state = "stepping"
 
     def recv(self) -> Step:
         self._expect("recv", "stepping")
+        self._state = "broken"
         step = Step(
             obs=self._empty(OBS_SIZE),
             next_obs=self._empty(OBS_SIZE),
@@ -113,8 +118,8 @@ class EnvPoolEnvs(MultiTaskEnvs):
                     f"got terminated={terminated}, truncated={truncated}, elapsed_step={info['elapsed_step']}"
                 )
             if truncated.all():
-                # EnvPool begins the next episode at the following call, whatever its action. Making that call here, before
-                # the other pools are waited for, lets the resets of all pools overlap.
+                # EnvPool begins the next episode at the following call, whatever its action. Making that call here,
+                # before the other pools are waited for, lets the resets of all pools overlap.
                 pool.send(np.zeros((self.envs_per_task, ACTION_SIZE), np.float32))
         step.reward[:] *= self.reward_scale
         step.obs[:] = step.next_obs
@@ -145,6 +150,7 @@ class EnvPoolEnvs(MultiTaskEnvs):
                 "made": "call reset() first",
                 "ready": "nothing was sent: call send() first",
                 "stepping": "a step is under way: call recv() first",
+                "broken": "an earlier call failed half way: make the environments anew",
                 "closed": "the environments are closed",
             }
             raise RuntimeError(f"{call}(): {why[self._state]}")
@@ -159,5 +165,5 @@ def _import_envpool() -> ModuleType:
     try:
         import envpool
     except (ImportError, OSError) as error:  # OSError: a library that EnvPool links to is missing
-        raise ImportError(f"d2r_fast steps Meta-World with EnvPool: pip install envpool==1.2.5 (import failed: {error})") from error
+        raise ImportError(f"Meta-World needs EnvPool: pip install envpool==1.2.5 (import failed: {error})") from error
     return envpool

@@ -141,7 +141,7 @@ class Step(NamedTuple):
 
 
 class MultiTaskEnvs(ABC):
-    """n environments of each of T tasks. An episode's end needs nothing of the caller: the next one is begun within `recv`."""
+    """n environments of each of T tasks. An episode's end asks nothing of the caller: `recv` begins the next one."""
 
     obs_size = OBS_SIZE
     action_size = ACTION_SIZE

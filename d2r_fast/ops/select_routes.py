@@ -48,6 +48,11 @@ def modules_for(n_logits: int) -> int:
     return n_modules
 
 
+def _softmax(x: Tensor) -> Tensor:
+    """Softmax over the last axis, which is short here: torch's CPU kernel vectorises along it only if it is another."""
+    return x.movedim(-1, 0).softmax(0).movedim(0, -1).contiguous()
+
+
 def _active_bits(index: Tensor, used: Tensor, bit: Tensor) -> Tensor:
     """Modules reachable from the head, [E,B] int32: walk back from route N; a reached module brings its own route."""
     picked = torch.where(used, bit[index], 0).sum(-1, dtype=torch.int32)  # [E,B,N]: distinct bits, so the sum is an or
@@ -104,14 +109,14 @@ def select_routes(
         chosen = torch.where(used, chosen, 0)  # [E,B,N,K]
         if resrouting:
             # dev 3: the published threshold is 1/(i+1), not 1/i, over all i sources and without the temperature.
-            share = by_route.softmax(-1).gather(-1, chosen)
+            share = _softmax(by_route).gather(-1, chosen)
             flow = (share * (n_sources[:, None] + 1) > 1) & used
         else:
             flow = used.expand(chosen.shape).contiguous()
         active = _active_bits(chosen, used, bit)
 
     picked = logits.gather(2, (chosen + offset[:, None]).flatten(2)).view(chosen.shape)
-    gate = picked.masked_fill(~used, -torch.inf).softmax(-1)
+    gate = _softmax(picked.masked_fill(~used, -torch.inf))
     return Routes(chosen.to(torch.int32), gate, flow, active)
 
 

@@ -1,0 +1,194 @@
+"""The command line: d2r train | eval | presets | info."""
+
+import dataclasses
+import json
+import platform
+import sys
+import time
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from d2r_fast.checkpoint import find_checkpoint, load_checkpoint
+from d2r_fast.config import EvalConfig, RunConfig
+from d2r_fast.evaluate import evaluate
+from d2r_fast.metrics import read_metrics
+from d2r_fast.presets import PRESETS, config_from_json, load_config
+from d2r_fast.report import success_table, write_report
+from d2r_fast.trainer import Trainer, choose_device, make_agent, stream_seed
+
+USAGE = """usage: d2r COMMAND ...
+
+  d2r train PRESET [--FIELD VALUE ...] [--run-dir DIR]   train; PRESET may be a run's config.json
+  d2r train --resume RUN [--FIELD VALUE ...]             go on from a run directory's newest checkpoint
+  d2r eval RUN_OR_CHECKPOINT [--json FILE]               success per task of a saved agent
+  d2r presets                                            the presets and what they are for
+  d2r info                                               versions, devices and backends
+
+d2r train PRESET --help lists every field.
+"""
+
+# What a resumed run may change: nothing that the saved state was made with.
+RESUMABLE_FIELDS = {"total_steps", "device", "eval", "checkpoint_every_chunks", "checkpoint_replay"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. What is wrong with the input is one line on standard error."""
+    args = sys.argv[1:] if argv is None else argv
+    commands = {"train": _train, "eval": _eval, "presets": _presets, "info": _info}
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if args else 2
+    if args[0] not in commands:
+        print(f"d2r: unknown command {args[0]!r}: expected {', '.join(commands)}", file=sys.stderr)
+        return 2
+    try:
+        return commands[args[0]](args[1:])
+    except (ValueError, FileNotFoundError, FileExistsError, MemoryError, ImportError, FloatingPointError) as error:
+        print(f"d2r {args[0]}: {error}", file=sys.stderr)
+        return 1
+
+
+def _take_option(args: list[str], name: str) -> tuple[Path | None, list[str]]:
+    """Take `--name VALUE` or `--name=VALUE` out of the arguments."""
+    for i, arg in enumerate(args):
+        if arg == name:
+            if i + 1 == len(args):
+                raise ValueError(f"{name}: expected a path behind it")
+            return Path(args[i + 1]), args[:i] + args[i + 2 :]
+        if arg.startswith(name + "="):
+            return Path(arg.partition("=")[2]), args[:i] + args[i + 1 :]
+    return None, args
+
+
+def _train(args: list[str]) -> int:
+    resume_dir, args = _take_option(args, "--resume")
+    if resume_dir is not None:
+        path = find_checkpoint(resume_dir)
+        if path.parent.parent != resume_dir:
+            raise ValueError(f"--resume: expected a run directory, got {resume_dir}")
+        state = load_checkpoint(path)
+        saved = config_from_json(state["config"], str(path))
+        cfg = tyro.cli(RunConfig, prog=f"d2r train --resume {resume_dir}", default=saved, args=args)
+        for field in dataclasses.fields(RunConfig):
+            before, after = getattr(saved, field.name), getattr(cfg, field.name)
+            if before != after and field.name not in RESUMABLE_FIELDS:
+                raise ValueError(
+                    f"--resume: {field.name} cannot change, the saved run has {before}; a resumed run may change "
+                    f"{', '.join(sorted(RESUMABLE_FIELDS))}"
+                )
+        return _run(Trainer(cfg, resume_dir, resume=state))
+
+    if not args or args[0].startswith("-"):
+        raise ValueError(f"expected a preset ({', '.join(PRESETS)}), a config.json or --resume RUN first")
+    run_dir, overrides = _take_option(args[1:], "--run-dir")
+    cfg = tyro.cli(RunConfig, prog=f"d2r train {args[0]}", default=load_config(args[0]), args=overrides)
+    if run_dir is None:
+        run_dir = Path("runs") / f"{cfg.name}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise FileExistsError(f"--run-dir: {run_dir} exists and is not empty; to go on from it: --resume {run_dir}")
+    return _run(Trainer(cfg, run_dir))
+
+
+def _run(trainer: Trainer) -> int:
+    cfg, run_dir = trainer.cfg, trainer.run_dir
+    sizes = {name: sum(p.numel() for p in getattr(trainer.agent, name).parameters()) for name in ("actor", "critics")}
+    print(f"run        {run_dir}")
+    print(f"device     {trainer.device} ({torch.get_num_threads()} threads), torch {torch.__version__}")
+    print(f"tasks      {', '.join(trainer.tasks)}; {cfg.env.envs_per_task} environments each")
+    print(f"parameters actor {sizes['actor']:,}, both critics {sizes['critics']:,}")
+    print(f"replay     {cfg.replay_capacity:,} transitions, {trainer.replay.n_bytes / 2**20:,.0f} MiB on {trainer.device}")
+    begin = time.perf_counter()
+    finished = trainer.run()
+    seconds = time.perf_counter() - begin
+
+    evals = read_metrics(run_dir, "eval")
+    pictures = write_report(run_dir, trainer.tasks)
+    if evals:
+        last = evals[-1]
+        print(f"\nevaluation after {last['steps']:,} steps a task and {last['updates']:,} updates:")
+        print(success_table(trainer.tasks, last["success"], last["episode_return"], last["episodes"]))
+    print(f"\n{'finished' if finished else 'stopped'} after {seconds / 60:.1f} minutes in this session")
+    print(f"checkpoint {find_checkpoint(run_dir)}")
+    print(f"metrics    {run_dir / 'metrics.jsonl'}, TensorBoard: {run_dir / 'tensorboard'}")
+    for picture in pictures:
+        print(f"picture    {picture}")
+    if not finished:
+        print(f"to go on   d2r train --resume {run_dir}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalArgs:
+    """Evaluate a saved agent: greedy routes, mean action, random goals, success at any step."""
+
+    run: tyro.conf.Positional[Path]
+    """A run directory (its newest checkpoint) or a checkpoint file."""
+    episodes: int = 32
+    """Episodes a task; a multiple of --envs-per-task."""
+    envs_per_task: int = 8
+    """Environments a task that step together."""
+    seed: int = 0
+    """Seeds the goals."""
+    json: Path | None = None
+    """Write the result here too."""
+
+
+def _eval(args: list[str]) -> int:
+    wanted = tyro.cli(EvalArgs, prog="d2r eval", args=args)
+    path = find_checkpoint(wanted.run)
+    state = load_checkpoint(path)
+    cfg = config_from_json(state["config"], str(path))
+    agent = make_agent(cfg, choose_device("auto"))
+    agent.load_state_dict(state["agent"])
+    eval_cfg = EvalConfig(episodes=wanted.episodes, envs_per_task=wanted.envs_per_task)
+    result = evaluate(agent, cfg.task_names, cfg.env.episode_length, eval_cfg, stream_seed(wanted.seed, 5))
+    print(f"{path}: {state['steps']:,} steps a task, {cfg.env.episode_length}-step episodes, random goals")
+    print(success_table(cfg.task_names, result.success, result.episode_return, result.episodes))
+    if wanted.json is not None:
+        record = {"checkpoint": str(path), "steps": state["steps"], "tasks": cfg.task_names, "seed": wanted.seed}
+        record |= {"episode_length": cfg.env.episode_length, "mean_success": result.mean_success, **result._asdict()}
+        wanted.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _presets(args: list[str]) -> int:
+    for name, (purpose, cfg) in PRESETS.items():
+        print(f"{name:<10} {purpose}")
+        print(
+            f"{'':<10} {cfg.n_tasks} tasks, N={cfg.net.n_modules} K={cfg.net.top_k} D={cfg.net.module_width} "
+            f"H={cfg.net.base_width}, {cfg.batch_size} rows an update, {cfg.total_steps:,} steps a task"
+        )
+    return 0
+
+
+def backends() -> dict[str, str]:
+    """Every backend of the operations: "ready", or why it cannot be used here."""
+    return {"reference": "ready"}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "on the path, not installed" if util.find_spec(package) else "not installed"
+
+
+def _info(args: list[str]) -> int:
+    print(f"python     {platform.python_version()} on {platform.platform()}")
+    for package in ("d2r_fast", "torch", "triton", "numpy", "envpool", "metaworld", "mujoco", "gymnasium"):
+        print(f"{package:<10} {_version(package)}")
+    print(f"cpu        {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties: Any = torch.cuda.get_device_properties(i)
+            print(f"gpu {i}      {properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+    else:
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "CUDA finds no device"
+        print(f"gpu        none: {why}")
+    for name, state in backends().items():
+        print(f"backend    {name}: {state}")
+    return 0
