@@ -33,7 +33,7 @@ def routed_modules(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes, res
 
 class _RoutedModules(torch.autograd.Function):
     """Buffers are module-major, [N,E*B,D], so that a module's rows are one matrix and a source is one row of it.
-    A row keeps each source at most once a route, so `index_add_` never meets the same target twice: no order to fix."""
+    A row keeps each source at most once a route, so one `index_add_` never meets a target twice: no order to fix."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -49,10 +49,9 @@ class _RoutedModules(torch.autograd.Function):
         every_row = h.view(-1, width)
         h[0] = h0.flatten(0, 1)
         for i in range(1, n_modules + 1):
-            x_i = x[i - 1]
-            torch.mul(gate_of[i - 1, 0], every_row.index_select(0, at[i - 1, 0]), out=x_i)
-            for k in range(1, min(n_kept, i)):
-                x_i.addcmul_(gate_of[i - 1, k], every_row.index_select(0, at[i - 1, k]))
+            kept, x_i = min(n_kept, i), x[i - 1]
+            picked = every_row.index_select(0, at[i - 1, :kept].flatten()).view(kept, -1, width)  # [k,E*B,D]
+            torch.sum(gate_of[i - 1, :kept] * picked, 0, out=x_i)
             if i < n_modules:
                 z = torch.baddbmm(bias[:, i - 1, None], x_i.view(n_nets, rows, width), weight[:, i - 1].mT)
                 z = z.flatten(0, 1)
@@ -70,7 +69,7 @@ class _RoutedModules(torch.autograd.Function):
         weight, at, gate_of, flow, h, x, open_relu = ctx.saved_tensors
         n_modules, n_kept = at.shape[:2]
         n_nets, rows, width = d_mixed.shape
-        flow_of = flow.flatten(0, 1).permute(1, 2, 0).unsqueeze(-1)  # [N,K,E*B,1]
+        flow_of = flow.flatten(0, 1).permute(1, 2, 0).unsqueeze(-1).to(h.dtype)  # [N,K,E*B,1]
         every_row = h.view(-1, width)
         to_relu = torch.zeros_like(every_row)  # A: reaches a module's ReLU layer
         to_residual = torch.zeros_like(every_row)  # S: reaches a module's residual
@@ -79,15 +78,15 @@ class _RoutedModules(torch.autograd.Function):
         d_bias = weight.new_empty(n_nets, n_modules - 1, width) if ctx.needs_input_grad[2] else None
 
         def push(i: int, d_main: Tensor, d_res: Tensor | None) -> None:
+            kept = min(n_kept, i)
+            source, g, m = at[i - 1, :kept].flatten(), gate_of[i - 1, :kept], flow_of[i - 1, :kept]
             d_all = d_main if d_res is None else d_main + d_res
-            for k in range(min(n_kept, i)):
-                source, g, m = at[i - 1, k], gate_of[i - 1, k], flow_of[i - 1, k]
-                d_relu = d_main * m if d_res is None else torch.addcmul(d_res, d_main, m)
-                to_relu.index_add_(0, source, g * d_relu)
-                to_residual.index_add_(0, source, g * d_all)
-                d_gate[i - 1, k] = (d_all * every_row.index_select(0, source)).sum(-1)
+            d_relu = d_main * m if d_res is None else torch.addcmul(d_res, d_main, m)  # [k,E*B,D]
+            to_relu.index_add_(0, source, (g * d_relu).flatten(0, 1))
+            to_residual.index_add_(0, source, (g * d_all).flatten(0, 1))
+            picked = every_row.index_select(0, source).view(kept, -1, width)
+            torch.sum(d_all * picked, -1, out=d_gate[i - 1, :kept])
 
-        flow_of = flow_of.to(h.dtype)
         push(n_modules, d_mixed.flatten(0, 1), None)
         adjoint_relu, adjoint_residual = to_relu.view_as(h), to_residual.view_as(h)
         for i in range(n_modules - 1, 0, -1):
