@@ -100,7 +100,9 @@ def _run(trainer: Trainer) -> int:
     print(f"device     {trainer.device} ({torch.get_num_threads()} threads), torch {torch.__version__}")
     print(f"tasks      {', '.join(trainer.tasks)}; {cfg.env.envs_per_task} environments each")
     print(f"parameters actor {sizes['actor']:,}, both critics {sizes['critics']:,}")
-    print(f"replay     {cfg.replay_capacity:,} transitions, {trainer.replay.n_bytes / 2**20:,.0f} MiB on {trainer.device}")
+    print(
+        f"replay     {cfg.replay_capacity:,} transitions, {trainer.replay.n_bytes / 2**20:,.0f} MiB on {trainer.device}"
+    )
     begin = time.perf_counter()
     finished = trainer.run()
     seconds = time.perf_counter() - begin
@@ -185,7 +187,9 @@ def _info(args: list[str]) -> int:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties: Any = torch.cuda.get_device_properties(i)
-            print(f"gpu {i}      {properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+            print(
+                f"gpu {i}      {properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+            )
     else:
         why = "this torch is built without CUDA" if torch.version.cuda is None else "CUDA finds no device"
         print(f"gpu        none: {why}")

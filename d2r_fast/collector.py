@@ -93,7 +93,7 @@ class Collector:
         # [S][T,n,...] -> [T,S*n,...]
         *arrays, routes = zip(*rows, strict=True)
         stacked = [torch.from_numpy(np.stack(a, axis=1)).flatten(1, 2) for a in arrays]
-        route = torch.stack(list(routes), dim=1).flatten(1, 2)
-        n_modules = route.shape[2]
+        stacked.append(torch.stack(list(routes), dim=1).flatten(1, 2))
+        n_modules = self._agent.actor.net.cfg.n_modules
         mean_active = count_active(torch.stack(actives), n_modules).float().mean(dim=(0, 2))
-        return Chunk(Transitions(*stacked, route=route), success, returns, mean_active)
+        return Chunk(Transitions(*stacked), success, returns, mean_active)

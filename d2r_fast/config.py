@@ -164,7 +164,10 @@ class RunConfig:
             _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
         _require(self.updates_per_step > 0, f"updates_per_step: expected more than 0, got {self.updates_per_step}")
         n = self.env.envs_per_task
-        _require(self.chunk_steps % n == 0, f"chunk_steps: expected a multiple of env.envs_per_task={n}, got {self.chunk_steps}")
+        _require(
+            self.chunk_steps % n == 0,
+            f"chunk_steps: expected a multiple of env.envs_per_task={n}, got {self.chunk_steps}",
+        )
         for name in ("total_steps", "warmup_steps"):
             _require(
                 getattr(self, name) % self.chunk_steps == 0,

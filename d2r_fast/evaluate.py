@@ -26,7 +26,7 @@ class EvalResult(NamedTuple):
 
 @torch.no_grad()
 def evaluate(agent: Agent, tasks: tuple[str, ...], episode_length: int, cfg: EvalConfig, seed: int) -> EvalResult:
-    """Run `cfg.episodes` episodes of each task, with goals drawn from `seed`. Leaves the agent in the mode it was in."""
+    """Run `cfg.episodes` episodes of each task, with goals drawn from `seed`. The agent keeps its mode."""
     device = agent.log_alpha.device
     task = torch.arange(len(tasks), device=device).repeat_interleave(cfg.envs_per_task)
     n_modules = agent.actor.net.cfg.n_modules

@@ -11,6 +11,7 @@ dev   paper                              published code                       he
 5     -                                  a Parameter handed to Adam           a buffer of the agent, set by `sac.update`
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class RouteChoice(NamedTuple):
     mode: RouteMode = "greedy"
     temperature: Tensor | None = None  # [B]
     noise: Tensor | None = None  # [E,B,R] standard Gumbel
-    index: Tensor | None = None  # [E,B,N,K]
+    index: Tensor | None = None  # type: ignore[assignment]  # [E,B,N,K]; hides tuple.index
 
     @staticmethod
     def sampled(temperature: Tensor, noise: Tensor) -> "RouteChoice":
@@ -84,14 +85,10 @@ class RoutedNetwork(nn.Module):
         self.base = nn.ModuleList([EnsembleLinear(n_nets, n_in, hidden), EnsembleLinear(n_nets, hidden, hidden)])
         self.task = EnsembleLinear(n_nets, n_tasks, hidden)
         route_widths = (hidden, *cfg.route_widths, cfg.n_logits)
-        self.route = nn.ModuleList(
-            EnsembleLinear(n_nets, n, m) for n, m in zip(route_widths[:-1], route_widths[1:], strict=True)
-        )
+        self.route = nn.ModuleList(EnsembleLinear(n_nets, n, m) for n, m in pairwise(route_widths))
         self.module0 = EnsembleLinear(n_nets, hidden, width)
         bound = width**-0.5
-        self.module_weight = nn.Parameter(
-            torch.empty(n_nets, cfg.n_modules - 1, width, width).uniform_(-bound, bound)
-        )
+        self.module_weight = nn.Parameter(torch.empty(n_nets, cfg.n_modules - 1, width, width).uniform_(-bound, bound))
         self.module_bias = nn.Parameter(torch.full((n_nets, cfg.n_modules - 1, width), 0.1))
         self.head = EnsembleLinear(n_nets, width, n_out, init_range=3e-3)
 
@@ -111,9 +108,7 @@ class RoutedNetwork(nn.Module):
         for layer in self.route[:-1]:
             logits = layer(logits).relu()
         logits = self.route[-1](logits)  # [E,B,R]
-        routes = select_routes(
-            logits, self.cfg.top_k, *choice, resrouting=self.cfg.resrouting and self.training
-        )
+        routes = select_routes(logits, self.cfg.top_k, *choice, resrouting=self.cfg.resrouting and self.training)
         h0 = self.module0(f.relu()).relu()  # [E,B,D]
         mixed = routed_modules(h0, self.module_weight, self.module_bias, routes, self.cfg.residual)  # [E,B,D]
         return self.head(mixed), routes

@@ -39,7 +39,6 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
 }
 
 
-
 def _make_converter() -> cattrs.Converter:
     """Dataclasses out of JSON, where a wrong type is an error: cattrs alone would turn 1.5 into the integer 1."""
     converter = cattrs.Converter(forbid_extra_keys=True)

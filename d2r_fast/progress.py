@@ -22,7 +22,7 @@ class Progress:
             initial=updates,
             unit="update",
             disable=not show,
-            bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} updates [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+            bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
 
     @contextmanager

@@ -42,7 +42,9 @@ def _load_one(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"depth_route_net.module_fcs.*.{kind}: expected modules 1, 2, ..., got {numbers}")
         width = ours["module0.weight"].shape[0]
         shape = (0, width, width) if kind == "weight" else (0, width)
-        stacked = torch.stack([modules[kind, i] for i in numbers]) if numbers else ours["module0.weight"].new_empty(shape)
+        stacked = (
+            torch.stack([modules[kind, i] for i in numbers]) if numbers else ours["module0.weight"].new_empty(shape)
+        )
         ours[f"module_{kind}"] = stacked
     return ours
 

@@ -71,7 +71,14 @@ def _module_use(title: str, tasks: tuple[str, ...], record: dict) -> Figure:
     axes.set_ylabel("task (modules a step)")
     for i, row in enumerate(use):
         for j, share in enumerate(row):
-            axes.text(j, i, f"{share:.2f}"[1:] if share < 0.995 else "1", ha="center", va="center", fontsize=7,
-                      color="white" if share < 0.6 else "black")
+            axes.text(
+                j,
+                i,
+                f"{share:.2f}"[1:] if share < 0.995 else "1",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if share < 0.6 else "black",
+            )
     figure.colorbar(image, ax=axes, fraction=0.03)
     return figure

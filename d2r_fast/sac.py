@@ -130,7 +130,8 @@ def update(
     with torch.no_grad():
         agent.log_alpha.clamp_(max=0)
         agent.route_temp.copy_(task_weight(agent.log_alpha))
-        online, target = list(agent.critics.parameters()), list(agent.target_critics.parameters())
+        online: list[Tensor] = list(agent.critics.parameters())
+        target: list[Tensor] = list(agent.target_critics.parameters())
         torch._foreach_lerp_(target, online, cfg.target_rate)
     return {
         "loss/alpha": loss.alpha.detach(),

@@ -67,7 +67,8 @@ class Trainer:
         self.device = choose_device(cfg.device)
         if cfg.deterministic:
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer is written before it is read
+            # Every buffer is written before it is read, so filling fresh memory with NaN would only cost time.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.agent = make_agent(cfg, self.device)
         self.replay = Replay(
             len(self.tasks),

@@ -79,7 +79,9 @@ def packed_gates(routes: Routes, values: Tensor) -> Tensor:
     return torch.cat(
         [
             values.new_zeros(values.shape[1], i).scatter_add_(
-                1, routes.index[0, :, i - 1, : min(i, values.shape[3])].long(), values[0, :, i - 1, : min(i, values.shape[3])]
+                1,
+                routes.index[0, :, i - 1, : min(i, values.shape[3])].long(),
+                values[0, :, i - 1, : min(i, values.shape[3])],
             )
             for i in range(1, n_modules + 1)
         ],
@@ -138,9 +140,7 @@ def check_update(v: Vector) -> Iterator[Quantity]:
         agent.log_alpha.copy_(v["before/log_alpha"])
         agent.route_temp.copy_(v["before/actor/gumbel_temperature"])
 
-    onehot = torch.cat(
-        [index_of(flat_rows(v[f"critic_routes/critic{e}"]), cfg.n_modules, cfg.top_k) for e in (1, 2)]
-    )
+    onehot = torch.cat([index_of(flat_rows(v[f"critic_routes/critic{e}"]), cfg.n_modules, cfg.top_k) for e in (1, 2)])
     batch = Batch(
         obs=flat_rows(v["batch/obs"])[:, : m["obs_dim"]],
         action=flat_rows(v["batch/acts"]),

@@ -36,7 +36,7 @@ class _RoutedModules(torch.autograd.Function):
     A row keeps each source at most once a route, so one `index_add_` never meets a target twice: no order to fix."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, h0: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, index: Tensor, flow: Tensor, residual: bool
     ) -> Tensor:
         n_nets, rows, width = h0.shape
@@ -65,7 +65,7 @@ class _RoutedModules(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_mixed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_mixed: Tensor) -> tuple[Tensor | None, ...]:
         weight, at, gate_of, flow, h, x, open_relu = ctx.saved_tensors
         n_modules, n_kept = at.shape[:2]
         n_nets, rows, width = d_mixed.shape

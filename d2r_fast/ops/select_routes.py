@@ -19,7 +19,7 @@ class Routes(NamedTuple):
     active [E,B]     int32   bit j: module j is reachable from the head
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
     gate: Tensor
     flow: Tensor
     active: Tensor
@@ -88,7 +88,7 @@ def select_routes(
     ValueError: k outside 1..N, or a shape, dtype, device or argument that does not fit the mode.
     """
     n_modules = _check(logits, k, mode, temperature, noise, index)
-    n_nets, rows, n_logits = logits.shape
+    n_nets, rows = logits.shape[:2]
     offset, position, n_sources, bit = _tables(n_modules, logits.device)
     used = torch.arange(k, device=logits.device) < n_sources[:, None]  # [N,K]
 
