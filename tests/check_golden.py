@@ -1,6 +1,6 @@
 """Run recorded vectors through the public network and update.
 
-    python tests/check_golden.py DIR [--backend NAME] [--dtype float64|float32]
+    python tests/check_golden.py DIR [--backend NAME] [--dtype float64|float32] [--device cpu|cuda]
 
 Prints file, quantity and worst relative error (largest difference over the largest recorded magnitude), then
 `N files, M quantities, worst X`. Exits with 1 above the dtype's limit, or where DIR holds no vector.
@@ -26,16 +26,16 @@ Quantity = tuple[str, Tensor, Tensor]  # name, ours, recorded
 
 
 class Vector:
-    """One file of recorded vectors; floats arrive in the dtype under test."""
+    """One file of recorded vectors; floats arrive in the dtype under test, everything on the device under test."""
 
-    def __init__(self, path: Path, dtype: torch.dtype):
-        self.path, self.dtype = path, dtype
+    def __init__(self, path: Path, dtype: torch.dtype, device: str):
+        self.path, self.dtype, self.device = path, dtype, device
         with np.load(path, allow_pickle=False) as archive:
             self.arrays = {name: archive[name] for name in archive.files}
         self.meta = json.loads(str(self.arrays.pop("meta")))
 
     def __getitem__(self, name: str) -> Tensor:
-        value = torch.from_numpy(np.asarray(self.arrays[name]))
+        value = torch.from_numpy(np.asarray(self.arrays[name])).to(self.device)
         return value.to(self.dtype) if value.is_floating_point() else value
 
     def under(self, prefix: str) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def route_groups(packed: Tensor, n_modules: int) -> list[Tensor]:
 
 def index_of(onehot: Tensor, n_modules: int, k: int) -> Tensor:
     """0/1 routes [B,R] -> kept sources [1,B,N,K], 0 in unused slots."""
-    index = torch.zeros(1, len(onehot), n_modules, k, dtype=torch.int64)
+    index = torch.zeros(1, len(onehot), n_modules, k, dtype=torch.int64, device=onehot.device)
     for i, group in enumerate(route_groups(onehot, n_modules), start=1):
         kept = min(k, i)
         if not bool((group.sum(-1) == kept).all()):
@@ -91,7 +91,7 @@ def packed_gates(routes: Routes, values: Tensor) -> Tensor:
 
 def check_network(v: Vector) -> Iterator[Quantity]:
     m, cfg = v.meta, v.net_config()
-    net = RoutedNetwork(m["obs_dim"], m["out_dim"], m["num_tasks"], 1, cfg).to(v.dtype)
+    net = RoutedNetwork(m["obs_dim"], m["out_dim"], m["num_tasks"], 1, cfg).to(v.device, v.dtype)
     net.load_state_dict(load_published(v.under("param/")))
     net.train(m["training"])
     obs = v["obs_and_task"][:, : m["obs_dim"]].clone().requires_grad_()
@@ -132,7 +132,7 @@ def check_update(v: Vector) -> Iterator[Quantity]:
         max_grad_norm=m["grad_clip_norm"],
         max_task_loss=m["task_loss_threshold"],
     )
-    agent = Agent(m["obs_dim"], m["act_dim"], m["num_tasks"], cfg).to(v.dtype)
+    agent = Agent(m["obs_dim"], m["act_dim"], m["num_tasks"], cfg).to(v.device, v.dtype)
     agent.actor.net.load_state_dict(load_published(v.under("before/actor/")))
     for ours, theirs in ((agent.critics, "critic"), (agent.target_critics, "target")):
         ours.net.load_state_dict(load_published(v.under(f"before/{theirs}1/"), v.under(f"before/{theirs}2/")))
@@ -198,7 +198,9 @@ def relative_error(ours: Tensor, recorded: Tensor) -> float:
 CHECKS: Mapping[str, Callable[[Vector], Iterator[Quantity]]] = {"network": check_network, "update": check_update}
 
 
-def check_directory(directory: Path, dtype: str, report: Callable[[str], None] = print) -> tuple[int, int, float]:
+def check_directory(
+    directory: Path, dtype: str, report: Callable[[str], None] = print, device: str = "cpu"
+) -> tuple[int, int, float]:
     """Check every vector of a directory; returns files, quantities and the worst relative error."""
     files = sorted(directory.glob("*.npz"))
     n_quantities, worst = 0, 0.0
@@ -206,7 +208,7 @@ def check_directory(directory: Path, dtype: str, report: Callable[[str], None] =
         check = CHECKS.get(path.name.split("_")[0])
         if check is None:
             raise ValueError(f"{path}: expected a name that starts with {' or '.join(f'{c}_' for c in CHECKS)}")
-        for name, ours, recorded in check(Vector(path, getattr(torch, dtype))):
+        for name, ours, recorded in check(Vector(path, getattr(torch, dtype), device)):
             error = relative_error(ours, recorded)
             report(f"{path.name}  {name}  {error:.2e}")
             n_quantities, worst = n_quantities + 1, max(worst, error)
@@ -218,10 +220,11 @@ def main() -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--backend", default="reference", choices=BACKENDS)
     parser.add_argument("--dtype", default="float64", choices=tuple(LIMIT))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
     if not args.directory.is_dir():
         parser.error(f"{args.directory} is not a directory")
-    n_files, n_quantities, worst = check_directory(args.directory, args.dtype)
+    n_files, n_quantities, worst = check_directory(args.directory, args.dtype, device=args.device)
     print(f"{n_files} files, {n_quantities} quantities, worst {worst:.2e}")
     return 0 if n_files and worst <= LIMIT[args.dtype] else 1
 

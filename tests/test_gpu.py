@@ -1,0 +1,106 @@
+"""What only a GPU can show. Without one every test here is skipped, and says so."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from check_golden import LIMIT, check_directory
+
+from d2r_fast import Agent, NetConfig, SacConfig
+from d2r_fast.checkpoint import load_checkpoint, save_checkpoint
+from d2r_fast.ops.select_routes import select_routes
+from d2r_fast.replay import Replay, Transitions
+from d2r_fast.sac import Batch, draw, make_optimiser, update
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; torch finds none")
+
+N_TASKS, ROWS, NET = 3, 24, NetConfig(n_modules=6, module_width=32, base_width=48, route_widths=(32,))
+
+
+def make_batch(device: str) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    obs, next_obs = torch.randn(2, ROWS, 39, generator=generator)
+    logits = torch.randn(1, ROWS, NET.n_logits, generator=generator)
+    batch = Batch(
+        obs=obs,
+        action=torch.rand(ROWS, 4, generator=generator) * 2 - 1,
+        reward=torch.rand(ROWS, generator=generator),
+        terminal=torch.zeros(ROWS),
+        next_obs=next_obs,
+        task=torch.arange(N_TASKS).repeat_interleave(ROWS // N_TASKS),
+        route=select_routes(logits, NET.top_k).index[0].to(torch.uint8),
+    )
+    return Batch(*(value.to(device) for value in batch))
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_golden_vectors(dtype: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    n_files, _, worst = check_directory(Path(__file__).with_name("golden"), dtype, device="cuda")
+    assert n_files == 11
+    assert worst <= LIMIT[dtype]
+
+
+def test_updates_agree_with_the_cpu() -> None:
+    torch.manual_seed(0)
+    on_cpu = Agent(39, 4, N_TASKS, NET).double()
+    on_gpu = copy.deepcopy(on_cpu).cuda()
+    optimisers = [make_optimiser(agent, SacConfig()) for agent in (on_cpu, on_gpu)]
+    for seed in range(3):
+        batch = make_batch("cpu")
+        batch = Batch(*(v.double() if v.is_floating_point() else v for v in batch))
+        draws = draw(on_cpu, batch, torch.Generator().manual_seed(seed))
+        draws = draws._replace(noise=draws.noise.double(), next_noise=draws.next_noise.double())
+        choice = draws.critic_choice
+        cuda_choice = choice._replace(temperature=choice.temperature.cuda(), noise=choice.noise.cuda())
+        cuda_draws = draws._replace(
+            noise=draws.noise.cuda(), next_noise=draws.next_noise.cuda(), critic_choice=cuda_choice
+        )
+        update(on_cpu, optimisers[0], batch, draws, SacConfig())
+        update(on_gpu, optimisers[1], Batch(*(v.cuda() for v in batch)), cuda_draws, SacConfig())
+    for name, value in on_gpu.state_dict().items():
+        torch.testing.assert_close(value.cpu(), on_cpu.state_dict()[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_an_update_never_waits_for_the_device() -> None:
+    agent = Agent(39, 4, N_TASKS, NET).cuda()
+    optimiser, generator, batch = make_optimiser(agent, SacConfig()), torch.Generator("cuda"), make_batch("cuda")
+    update(agent, optimiser, batch, draw(agent, batch, generator), SacConfig())  # caches tables, makes Adam's state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update(agent, optimiser, batch, draw(agent, batch, generator), SacConfig())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_checkpoint_moves_between_devices(tmp_path: Path) -> None:
+    agent = Agent(39, 4, N_TASKS, NET).cuda()
+    optimiser, batch = make_optimiser(agent, SacConfig()), make_batch("cuda")
+    update(agent, optimiser, batch, draw(agent, batch, torch.Generator("cuda")), SacConfig())
+    path = save_checkpoint(tmp_path, 1, {"agent": agent.state_dict(), "optimiser": optimiser.state_dict()})
+    state = load_checkpoint(path)
+    moved = Agent(39, 4, N_TASKS, NET)
+    moved.load_state_dict(state["agent"])
+    moved_optimiser = make_optimiser(moved, SacConfig())
+    moved_optimiser.load_state_dict(state["optimiser"])
+    batch = make_batch("cpu")
+    metrics = update(moved, moved_optimiser, batch, draw(moved, batch, torch.Generator()), SacConfig())
+    assert all(bool(value.isfinite().all()) for value in metrics.values())
+
+
+def test_replay_on_the_device() -> None:
+    replay = Replay(2, 40, 39, 4, (6, 2), torch.device("cuda"))
+    rows = Transitions(
+        torch.randn(2, 15, 39),
+        torch.randn(2, 15, 4),
+        torch.arange(30.0).view(2, 15),
+        torch.zeros(2, 15, dtype=torch.bool),
+        torch.randn(2, 15, 39),
+        torch.zeros(2, 15, 6, 2, dtype=torch.uint8),
+    )
+    replay.add(rows)
+    batch = replay.sample(64, torch.Generator("cuda").manual_seed(0))
+    assert batch.obs.is_cuda
+    first, second = batch.reward.view(2, 32).cpu()
+    assert first.max() < 15 <= second.min()

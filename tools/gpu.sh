@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: all GPU tests and golden vectors, results under $OUT (or the folder given).
+#
+#   bash tools/gpu.sh [OUT]
+#
+# Needs a Python with torch, numpy and pytest; uses the tree as it stands, nothing is installed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-${OUT:?usage: tools/gpu.sh OUT}}
+mkdir -p "$out"
+
+# d2r_fast.kernels is kernels/ only in an installed package; a link beside a copy gives the same without installing.
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+cp -r d2r_fast "$site/"
+cp -r kernels "$site/d2r_fast/kernels"
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+
+python3 -c 'import torch; assert torch.cuda.is_available(), "no GPU: torch finds none"; print(torch.__version__, torch.cuda.get_device_name())' \
+  | tee "$out/machine.txt"
+status=0
+python3 -m pytest -q -p no:cacheprovider tests/test_gpu.py 2>&1 | tee "$out/gpu_tests.txt" || status=1
+for dtype in float64 float32; do
+  python3 tests/check_golden.py tests/golden --device cuda --dtype "$dtype" > "$out/golden_$dtype.txt" || status=1
+  tail -1 "$out/golden_$dtype.txt"
+done
+exit $status
