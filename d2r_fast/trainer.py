@@ -1,5 +1,6 @@
 """The training loop: collect a chunk, make the updates it pays for, evaluate, log, save; and go on after a stop."""
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class Trainer:
         self.cfg, self.run_dir, self.tasks = cfg, run_dir, cfg.task_names
         self.device = choose_device(cfg.device)
         if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
             torch.use_deterministic_algorithms(True)
             # Every buffer is written before it is read, so filling fresh memory with NaN would only cost time.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -9,11 +9,13 @@ cd "$(dirname "$0")/.."
 out=${1:-${OUT:?usage: tools/gpu.sh OUT}}
 mkdir -p "$out"
 
-# d2r_fast.kernels is kernels/ only in an installed package; a link beside a copy gives the same without installing.
+# As an installed package has it: d2r_fast.kernels is kernels/. A copy of the tree gives that without installing.
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-cp -r d2r_fast "$site/"
+cp -r d2r_fast tests "$site/"
 cp -r kernels "$site/d2r_fast/kernels"
+out=$(realpath "$out")
+cd "$site"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 
 python3 -c 'import torch; assert torch.cuda.is_available(), "no GPU: torch finds none"; print(torch.__version__, torch.cuda.get_device_name())' \

@@ -42,7 +42,7 @@ class _RoutedModules(torch.autograd.Function):
         n_nets, rows, width = h0.shape
         n_modules, n_kept = index.shape[2:]
         at = _buffer_rows(index)  # [N,K,E*B]
-        gate_of = gate.flatten(0, 1).permute(1, 2, 0).unsqueeze(-1)  # [N,K,E*B,1]
+        gate_of = _per_slot(gate)  # [N,K,E*B,1]
         h = h0.new_empty(n_modules, n_nets * rows, width)
         x = h0.new_empty(n_modules, n_nets * rows, width)  # x[i-1] is x_i
         open_relu = torch.empty_like(x, dtype=torch.bool)  # z_i > 0 at [i-1]; the head's slot stays unused
@@ -69,7 +69,7 @@ class _RoutedModules(torch.autograd.Function):
         weight, at, gate_of, flow, h, x, open_relu = ctx.saved_tensors
         n_modules, n_kept = at.shape[:2]
         n_nets, rows, width = d_mixed.shape
-        flow_of = flow.flatten(0, 1).permute(1, 2, 0).unsqueeze(-1).to(h.dtype)  # [N,K,E*B,1]
+        flow_of = _per_slot(flow.to(h.dtype))  # [N,K,E*B,1]
         every_row = h.view(-1, width)
         to_relu = torch.zeros_like(every_row)  # A: reaches a module's ReLU layer
         to_residual = torch.zeros_like(every_row)  # S: reaches a module's residual
@@ -96,16 +96,21 @@ class _RoutedModules(torch.autograd.Function):
                 torch.bmm(d_z.mT, x_i, out=d_weight[:, i - 1])
             if d_bias is not None:
                 torch.sum(d_z, 1, out=d_bias[:, i - 1])
-            push(i, (d_z @ weight[:, i - 1]).flatten(0, 1), adjoint_residual[i] if ctx.residual else None)
+            push(i, torch.bmm(d_z, weight[:, i - 1]).flatten(0, 1), adjoint_residual[i] if ctx.residual else None)
         d_h0 = adjoint_relu[0].view(n_nets, rows, width)
         return d_h0, d_weight, d_bias, d_gate.permute(2, 0, 1).view(n_nets, rows, n_modules, n_kept), None, None, None
 
 
+def _per_slot(value: Tensor) -> Tensor:
+    """[E,B,N,K] -> [N,K,E*B,1], contiguous: one column a slot, to scale the rows of a module-major buffer."""
+    return value.flatten(0, 1).permute(1, 2, 0).contiguous().unsqueeze(-1)
+
+
 def _buffer_rows(index: Tensor) -> Tensor:
     """Source indices [E,B,N,K] -> rows of the module-major buffer [N,K,E*B]: source * E*B + row."""
-    flat = index.flatten(0, 1).permute(1, 2, 0).long()
-    n_rows = flat.shape[2]
-    return flat * n_rows + torch.arange(n_rows, device=index.device)
+    source = _per_slot(index.long()).squeeze(-1)
+    n_rows = source.shape[2]
+    return source * n_rows + torch.arange(n_rows, device=index.device)
 
 
 def _check(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes) -> None:
