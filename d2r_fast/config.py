@@ -76,7 +76,8 @@ class SacConfig:
         _require(0 < self.target_rate <= 1, f"sac.target_rate: expected within (0, 1], got {self.target_rate}")
         _require(0 < self.init_alpha <= 1, f"sac.init_alpha: expected within (0, 1], got {self.init_alpha}")
         for name in ("actor_lr", "critic_lr", "alpha_lr", "max_grad_norm", "max_task_loss"):
-            _require(getattr(self, name) > 0, f"sac.{name}: expected more than 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            _require(0 < value < float("inf"), f"sac.{name}: expected a finite number over 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

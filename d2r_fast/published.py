@@ -10,42 +10,49 @@ _LAYERS = {
     "base.fc0": "base.0",
     "base.fc1": "base.1",
     "em_base.fc0": "task",
-    "depth_route_net.gates": "route",
     "depth_route_net.module_fcs.0": "module0",
     "last": "head",
 }
-_MODULE = re.compile(r"depth_route_net\.module_fcs\.(\d+)\.(weight|bias)")
+_NUMBERED = re.compile(r"depth_route_net\.(gates|module_fcs)\.(\d+)")
+_KINDS = ("weight", "bias")
 
 
 def _load_one(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
-    modules: dict[tuple[str, int], Tensor] = {}
+    modules: dict[str, dict[int, Tensor]] = {kind: {} for kind in _KINDS}
+    n_gates = 1
     for name, value in published.items():
         if name == "gumbel_temperature":
             continue  # the agent's `route_temp`; it follows from log alpha
-        module = _MODULE.fullmatch(name)
-        if module and module[1] != "0":
-            modules[module[2], int(module[1])] = value
-            continue
-        for theirs, our in _LAYERS.items():
-            if name.startswith(theirs + "."):
-                ours[our + name[len(theirs) :]] = value
-                break
+        layer, _, kind = name.rpartition(".")
+        numbered = _NUMBERED.fullmatch(layer)
+        if kind in _KINDS and layer in _LAYERS:
+            ours[f"{_LAYERS[layer]}.{kind}"] = value
+        elif kind in _KINDS and numbered and numbered[1] == "gates":
+            ours[f"route.{numbered[2]}.{kind}"] = value
+            n_gates = max(n_gates, int(numbered[2]) + 1)
+        elif kind in _KINDS and numbered:
+            modules[kind][int(numbered[2])] = value
         else:
             raise ValueError(f"not a parameter of the published network: {name!r}")
-    missing = {f"{our}.weight" for our in _LAYERS.values() if our != "route"} - ours.keys()
+    layers = [*_LAYERS.values(), *(f"route.{i}" for i in range(n_gates))]
+    missing = [name for layer in layers for name in (f"{layer}.weight", f"{layer}.bias") if name not in ours]
     if missing:
-        raise ValueError(f"published parameters: nothing given for {', '.join(sorted(missing))}")
-    for kind in ("weight", "bias"):
-        numbers = sorted(i for k, i in modules if k == kind)
-        if numbers != list(range(1, len(numbers) + 1)):
-            raise ValueError(f"depth_route_net.module_fcs.*.{kind}: expected modules 1, 2, ..., got {numbers}")
-        width = ours["module0.weight"].shape[0]
-        shape = (0, width, width) if kind == "weight" else (0, width)
-        stacked = (
-            torch.stack([modules[kind, i] for i in numbers]) if numbers else ours["module0.weight"].new_empty(shape)
-        )
-        ours[f"module_{kind}"] = stacked
+        raise ValueError(f"published parameters: nothing given for {', '.join(missing)}")
+    width = ours["module0.weight"].shape[0]
+    n_modules = max((i for numbers in modules.values() for i in numbers), default=0)
+    for kind, shape in (("weight", (width, width)), ("bias", (width,))):
+        numbers = sorted(modules[kind])
+        if numbers != list(range(1, n_modules + 1)):
+            raise ValueError(f"depth_route_net.module_fcs.*.{kind}: expected modules 1..{n_modules}, got {numbers}")
+        for i in numbers:
+            if modules[kind][i].shape != shape:
+                raise ValueError(
+                    f"depth_route_net.module_fcs.{i}.{kind}: expected {list(shape)} like module 0, "
+                    f"got {list(modules[kind][i].shape)}"
+                )
+        empty = ours["module0.weight"].new_empty(0, *shape)
+        ours[f"module_{kind}"] = torch.stack([modules[kind][i] for i in numbers]) if numbers else empty
     return ours
 
 

@@ -81,7 +81,8 @@ class Replay:
             expected = [self.n_tasks, n_new, *store.shape[2:]]
             if list(value.shape) != expected:
                 raise ValueError(f"{name}: expected {expected}, got {list(value.shape)}")
-            first = min(n_new, self.rows_per_task - self._head)
+        first = min(n_new, self.rows_per_task - self._head)
+        for store, value in zip(self._store, new, strict=True):
             store[:, self._head : self._head + first].copy_(value[:, :first])
             store[:, : n_new - first].copy_(value[:, first:])
         self._head = (self._head + n_new) % self.rows_per_task
@@ -107,12 +108,15 @@ class Replay:
         )
 
     def state_dict(self) -> dict[str, object]:
-        """The filled part, on the CPU."""
-        filled = {n: s[:, : self.size].cpu() for n, s in zip(Transitions._fields, self._store, strict=True)}
+        """The filled part, on the CPU; a full replay on the CPU is not copied."""
+        # Contiguous: a view of a part-filled store would be saved with all of its storage.
+        filled = {
+            n: s[:, : self.size].contiguous().cpu() for n, s in zip(Transitions._fields, self._store, strict=True)
+        }
         return {"head": self._head, "size": self.size, "rows": filled}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` gave. ValueError: it was made with another capacity, tasks or sizes."""
+        """Take over what `state_dict` gave. ValueError: it has other tasks or sizes, or more rows than fit."""
         size, head, rows = state["size"], state["head"], state["rows"]
         fits = size <= self.rows_per_task and (size == self.rows_per_task or head == size)
         for name, store in zip(Transitions._fields, self._store, strict=True):
@@ -122,5 +126,6 @@ class Replay:
                     f"saved replay: {name} is {list(rows[name].shape)} (next row {head}), which does not fit "
                     f"{self.rows_per_task} rows a task of shape {expected}"
                 )
+        for name, store in zip(Transitions._fields, self._store, strict=True):
             store[:, :size].copy_(rows[name])
         self.size, self._head = size, head % self.rows_per_task

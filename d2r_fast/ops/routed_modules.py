@@ -121,6 +121,8 @@ def _check(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes) -> None:
         raise ValueError(f"routes.index: expected [E={n_nets},B={rows},N,K], got {list(routes.index.shape)}")
     if routes.index.is_floating_point():
         raise ValueError(f"routes.index: expected an integer dtype, got {routes.index.dtype}")
+    if routes.index.device != h0.device:
+        raise ValueError(f"routes.index: expected device {h0.device} like h0, got {routes.index.device}")
     n_modules = routes.index.shape[2]
     for name, value, shape, dtype in (
         ("weight", weight, [n_nets, n_modules - 1, width, width], h0.dtype),

@@ -1,0 +1,32 @@
+"""Fixtures that every test file shares."""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# Examples are drawn from a fixed seed and kept nowhere: a failure repeats by itself.
+settings.register_profile("d2r_fast", derandomize=True, database=None, deadline=None, max_examples=40)
+settings.load_profile("d2r_fast")
+# Test tensors are so small that a second thread costs more than it gives, and the cores are often shared.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (libraries under test may draw from the global state)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def poisoned_memory() -> Iterator[None]:
+    """Fill fresh memory (`torch.empty`, `new_empty`) with NaN or the largest integer: reading it shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

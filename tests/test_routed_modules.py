@@ -1,0 +1,334 @@
+"""The routed modules against a formulation in plain autograd that shares nothing with the operation.
+
+It keeps every module's output twice, equal in value: `full`, which every gradient may enter, and `masked`, whose ReLU
+layer is detached so that only the residual takes a gradient. A route's layer reads full or masked as the flow says;
+its residual reads full.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2r_fast import Routes, routed_modules, select_routes, unpack_active
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+GRADS = ("h0", "weight", "bias", "gate")
+
+
+def autograd_modules(h0, weight, bias, routes, residual=True):
+    """The specification, a network at a time, routes as dense [B,i] weights; differentiable by autograd alone."""
+    mixed = []
+    for e in range(h0.shape[0]):
+        n = routes.index.shape[2]
+        full, masked = [h0[e]], [h0[e].detach()]
+        for i in range(1, n + 1):
+            at = routes.index[e, :, i - 1, : min(i, routes.index.shape[3])].long()
+            zeros = h0.new_zeros(len(at), i)
+            gate = zeros.scatter(1, at, routes.gate[e, :, i - 1, : at.shape[1]])
+            flow = zeros.scatter(1, at, routes.flow[e, :, i - 1, : at.shape[1]].to(h0.dtype))
+            f, m = torch.stack(full, 1), torch.stack(masked, 1)  # [B,i,D]
+            x_layer = torch.einsum("bs,bsd->bd", gate, flow[..., None] * f + (1 - flow[..., None]) * m)
+            if i == n:
+                mixed.append(x_layer)
+                break
+            relu = torch.nn.functional.linear(x_layer, weight[e, i - 1], bias[e, i - 1]).relu()
+            x_residual = torch.einsum("bs,bsd->bd", gate, f) if residual else torch.zeros_like(relu)
+            full.append(relu + x_residual)
+            masked.append(relu.detach() + x_residual)
+    return torch.stack(mixed)
+
+
+def make_case(e, b, n, k, d, flow="random", dtype=torch.float64):
+    """Inputs of the operation: h0, weight, bias, routes. Gates are any weights, as the contract allows."""
+    used = torch.arange(k) < torch.arange(1, n + 1)[:, None]
+    index = torch.zeros(e, b, n, k, dtype=torch.int32)
+    for i in range(1, n + 1):
+        kept = min(k, i)
+        index[:, :, i - 1, :kept] = torch.rand(e, b, i).argsort(-1)[..., :kept].int()
+    gate = torch.where(used, torch.randn(e, b, n, k, dtype=dtype) / k**0.5, 0)
+    flow_of = {"all": torch.ones(e, b, n, k), "none": torch.zeros(e, b, n, k), "random": torch.rand(e, b, n, k) > 0.5}
+    h0 = torch.randn(e, b, d, dtype=dtype).relu()
+    weight = torch.randn(e, n - 1, d, d, dtype=dtype) / d**0.5
+    bias = torch.randn(e, n - 1, d, dtype=dtype) * 0.3
+    routes = Routes(index, gate, flow_of[flow].bool() & used, torch.zeros(e, b, dtype=torch.int32))
+    return h0, weight, bias, routes
+
+
+def run(op, case, cotangent, residual=True, dtype=None, needs=GRADS, retain=False):
+    """Output and gradients of `op`, by name; the inputs in `dtype` and fresh as leaves."""
+    h0, weight, bias, routes = case
+    leaves = {"h0": h0, "weight": weight, "bias": bias, "gate": routes.gate}
+    leaves = {name: v.detach().to(dtype or v.dtype).requires_grad_(name in needs) for name, v in leaves.items()}
+    out = op(leaves["h0"], leaves["weight"], leaves["bias"], routes._replace(gate=leaves["gate"]), residual)
+    out.backward(cotangent.to(out.dtype), retain_graph=retain)
+    grads = {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in leaves.items() if name in needs}
+    return {"out": out.detach()} | grads
+
+
+def largest(value):
+    return value.abs().max().item() if value.numel() else 0.0
+
+
+def assert_close_to(ours, expected, tolerance=1e-11):
+    """Relative to the largest expected magnitude of each quantity."""
+    for name, value in expected.items():
+        assert ours[name].shape == value.shape, name
+        assert largest(ours[name] - value) <= tolerance * max(1.0, largest(value)), name
+
+
+def assert_as_accurate(op, ref, case, dtype, residual=True, slack=2.0):
+    """max|op - ref64| <= slack * max|ref(dtype) - ref64| + 8*eps*max|ref64|, for the output and every gradient."""
+    cotangent = torch.randn(case[0].shape, dtype=torch.float64)
+    truth = run(ref, case, cotangent, residual, torch.float64)
+    theirs, ours = run(ref, case, cotangent, residual, dtype), run(op, case, cotangent, residual, dtype)
+    for name, value in truth.items():
+        assert ours[name].dtype == dtype
+        error, allowed = largest(ours[name].double() - value), largest(theirs[name].double() - value)
+        print(f"{name}: {error / max(allowed, 1e-300):.2f} of the oracle's error")
+        assert error <= slack * allowed + 8 * torch.finfo(dtype).eps * largest(value), name
+
+
+def grid():
+    """Every N, K, residual and flow; E, B and D rotate through theirs."""
+    nets, rows, widths = (1, 2, 3), (1, 63, 300), (8, 16, 33)
+    cases = []
+    for n in (1, 2, 5, 16, 32):
+        for k in sorted({k for k in (1, 2, 3, n) if k <= n}):
+            for residual in (True, False):
+                for flow in ("all", "none", "random"):
+                    at = len(cases)
+                    b = rows[at // 3 % 3] if n < 32 or k < 32 else rows[at // 3 % 2]
+                    cases.append((nets[at % 3], b, n, k, widths[at // 2 % 3], residual, flow))
+    return cases
+
+
+@pytest.mark.parametrize(
+    ("e", "b", "n", "k", "d", "residual", "flow"),
+    grid(),
+    ids=[f"E{c[0]}-B{c[1]}-N{c[2]}-K{c[3]}-D{c[4]}-{'res' if c[5] else 'nores'}-flow_{c[6]}" for c in grid()],
+)
+def test_matches_autograd(e, b, n, k, d, residual, flow):
+    case = make_case(e, b, n, k, d, flow)
+    cotangent = torch.randn(e, b, d, dtype=torch.float64)
+    assert_close_to(run(routed_modules, case, cotangent, residual), run(autograd_modules, case, cotangent, residual))
+
+
+@given(
+    e=st.integers(1, 3),
+    b=st.integers(0, 20),
+    n=st.integers(1, 12),
+    k=st.integers(1, 12),
+    d=st.integers(1, 12),
+    residual=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_matches_autograd_at_any_shape(e, b, n, k, d, residual, seed):
+    torch.manual_seed(seed)
+    case = make_case(e, b, n, min(k, n), d)
+    cotangent = torch.randn(e, b, d, dtype=torch.float64)
+    assert_close_to(run(routed_modules, case, cotangent, residual), run(autograd_modules, case, cotangent, residual))
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sampled"])
+def test_matches_autograd_on_selected_routes(mode):
+    logits = 2 * torch.randn(2, 63, 136, dtype=torch.float64)
+    noise = torch.randn_like(logits) if mode == "sampled" else None
+    routes = select_routes(logits, 2, mode, torch.ones(63, dtype=torch.float64) if noise is not None else None, noise)
+    case = (*make_case(2, 63, 16, 2, 16)[:3], routes)
+    cotangent = torch.randn(2, 63, 16, dtype=torch.float64)
+    ours, expected = run(routed_modules, case, cotangent), run(autograd_modules, case, cotangent)
+    assert_close_to(ours, expected)
+    unmasked = (*case[:3], routes._replace(flow=torch.ones_like(routes.flow)))
+    free = run(routed_modules, unmasked, cotangent)
+    assert torch.equal(free["out"], ours["out"])  # values never change
+    assert largest(free["weight"] - ours["weight"]) > 1e-3 * largest(ours["weight"])
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 2), (4, 2), (4, 4)])
+def test_gradcheck_where_every_gradient_flows(n, k, residual):
+    h0, weight, bias, routes = make_case(2, 3, n, k, 3, "all")
+    flow = torch.ones_like(routes.flow)
+    used = routes.gate.detach() != 0
+    leaves = [v.requires_grad_() for v in (h0, weight, bias, routes.gate)]
+
+    def op(h0, weight, bias, gate):
+        return routed_modules(
+            h0, weight, bias, Routes(routes.index, torch.where(used, gate, 0), flow, routes.active), residual
+        )
+
+    assert torch.autograd.gradcheck(op, leaves)
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
+def test_modules_that_no_row_reaches_get_exactly_no_gradient(residual):
+    n, d = 16, 16
+    seen = set()
+    for _ in range(20):
+        logits = 2 * torch.randn(1, 1, n * (n + 1) // 2, dtype=torch.float64)
+        routes = select_routes(logits, 2, resrouting=False)
+        case = (*make_case(1, 1, n, 2, d)[:3], routes)
+        grads = run(routed_modules, case, torch.randn(1, 1, d, dtype=torch.float64), residual)
+        active = unpack_active(routes.active, n)[0, 0]
+        touched = (grads["weight"][0] != 0).flatten(1).any(1)
+        assert torch.equal(touched, active[1:])
+        assert torch.equal((grads["bias"][0] != 0).any(1), active[1:])
+        assert (grads["gate"][0, 0, :-1][~active[1:]] == 0).all()
+        seen.add(int(active.sum()))
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
+def test_no_row_depends_on_another(residual):
+    case = make_case(2, 63, 16, 2, 33)
+    h0, weight, bias, routes = case
+    cotangent = torch.randn(2, 63, 33, dtype=torch.float64)
+    before = run(routed_modules, case, cotangent, residual)
+    changed = make_case(2, 63, 16, 2, 33)
+
+    def with_row(value, other, row=17):
+        value = value.clone()
+        value[:, row] = other[:, row]
+        return value
+
+    other_routes = Routes(*(with_row(a, b) for a, b in zip(routes, changed[3], strict=True)))
+    after = run(routed_modules, (with_row(h0, changed[0]), weight, bias, other_routes), cotangent, residual)
+    rest = torch.arange(63) != 17
+    for name in ("out", "h0", "gate"):
+        assert torch.equal(before[name][:, rest], after[name][:, rest]), name
+        assert not torch.equal(before[name][:, 17], after[name][:, 17]), name
+
+
+def test_no_network_depends_on_another():
+    case, other = make_case(2, 30, 5, 2, 16), make_case(2, 30, 5, 2, 16)
+    cotangent = torch.randn(2, 30, 16, dtype=torch.float64)
+
+    def second_from(a, b):
+        return torch.stack([a[0], b[1]])
+
+    mixed = (*(second_from(a, b) for a, b in zip(case[:3], other[:3], strict=True)),)
+    routes = Routes(*(second_from(a, b) for a, b in zip(case[3], other[3], strict=True)))
+    before, after = run(routed_modules, case, cotangent), run(routed_modules, (*mixed, routes), cotangent)
+    for name, value in before.items():
+        assert torch.equal(value[0], after[name][0]), name
+        assert not torch.equal(value[1], after[name][1]), name
+
+
+def test_second_backward_and_second_run_are_identical():
+    h0, weight, bias, routes = make_case(2, 63, 16, 3, 33)
+    leaves = [v.requires_grad_() for v in (h0, weight, bias, routes.gate)]
+    cotangent = torch.randn(2, 63, 33, dtype=torch.float64)
+    out = routed_modules(h0, weight, bias, routes)
+    kept = out.detach().clone()
+    first = torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+    out.detach().zero_()  # the caller may do with the output what it likes: the backward must not read it
+    second = torch.autograd.grad(out, leaves, cotangent)
+    out = routed_modules(h0, weight, bias, routes)
+    assert torch.equal(kept, out)
+    third = torch.autograd.grad(out, leaves, cotangent)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_inputs_stay_as_they_are():
+    h0, weight, bias, routes = make_case(2, 63, 5, 2, 16)
+    inputs = [h0, weight, bias, *routes]
+    before = [v.clone() for v in inputs]
+    cotangent = torch.randn(2, 63, 16, dtype=torch.float64)
+    kept = cotangent.clone()
+    leaves = [v.requires_grad_() for v in (h0, weight, bias, routes.gate)]
+    versions = [v._version for v in inputs]
+    grads = torch.autograd.grad(routed_modules(h0, weight, bias, routes), leaves, cotangent)
+    assert torch.equal(cotangent, kept)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+    assert [v._version for v in inputs] == versions
+    storages = {v.untyped_storage().data_ptr() for v in inputs}
+    assert not storages & {v.untyped_storage().data_ptr() for v in grads}
+
+
+@pytest.mark.parametrize(
+    "needs", [("gate",), ("h0",), ("weight",), ("bias",), ("h0", "gate"), ("weight", "bias")], ids="+".join
+)
+def test_gradients_of_some_inputs_only(needs):
+    case = make_case(2, 30, 5, 2, 16)
+    cotangent = torch.randn(2, 30, 16, dtype=torch.float64)
+    everything, some = run(routed_modules, case, cotangent), run(routed_modules, case, cotangent, needs=needs)
+    assert set(some) == {"out", *needs}
+    assert all(torch.equal(value, everything[name]) for name, value in some.items())
+
+
+def test_without_gradients():
+    h0, weight, bias, routes = make_case(2, 30, 5, 2, 16)
+    plain = routed_modules(h0, weight, bias, routes)
+    assert not plain.requires_grad
+    weight.requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(routed_modules(h0, weight, bias, routes), plain)
+    assert routed_modules(h0, weight, bias, routes).requires_grad
+
+
+def test_noncontiguous_inputs():
+    case = make_case(2, 30, 5, 2, 16)
+    h0, weight, bias, routes = case
+    strided = (
+        h0.transpose(0, 1).contiguous().transpose(0, 1),
+        weight.mT.contiguous().mT,
+        bias.repeat_interleave(2, -1)[..., ::2],
+        Routes(*(v.transpose(0, 1).contiguous().transpose(0, 1) for v in routes)),
+    )
+    assert not any(v.is_contiguous() for v in (*strided[:3], *strided[3]))
+    cotangent = torch.randn(30, 16, 2, dtype=torch.float64).permute(2, 0, 1)
+    assert_close_to(run(routed_modules, strided, cotangent), run(autograd_modules, case, cotangent))
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("e", "b", "n", "k", "d"),
+    [(1, 1, 5, 2, 8), (2, 63, 16, 2, 33), (1, 300, 5, 5, 100)],
+    ids=["E1-B1-N5-K2-D8", "E2-B63-N16-K2-D33", "E1-B300-N5-K5-D100"],
+)
+def test_is_as_accurate_as_autograd(e, b, n, k, d, dtype, residual):
+    h0, weight, bias, routes = make_case(e, b, n, k, d)
+    if dtype == torch.bfloat16:  # Far from every kink: one ReLU on the other side would outweigh all rounding.
+        weight, bias = weight * 0.1, torch.where(bias > 0, 8.0, -8.0).double()
+    # Inputs that the dtype holds exactly, so that what is measured is the arithmetic.
+    case = (*(v.to(dtype).double() for v in (h0, weight, bias)), routes._replace(gate=routes.gate.to(dtype).double()))
+    assert_as_accurate(routed_modules, autograd_modules, case, dtype, residual)
+
+
+E, B, N, K, D = 2, 4, 5, 2, 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"h0": torch.zeros(B, D)}, r"h0: expected a float tensor \[E,B,D\], got torch.float32 \[4, 8\]"),
+        ({"h0": torch.zeros(E, B, D, dtype=torch.int32)}, r"h0: expected a float tensor .* got torch.int32"),
+        (
+            {"index": torch.zeros(B, N, K, dtype=torch.int32)},
+            r"routes.index: expected \[E=2,B=4,N,K\], got \[4, 5, 2\]",
+        ),
+        ({"index": torch.zeros(1, B, N, K, dtype=torch.int32)}, r"routes.index: .* got \[1, 4, 5, 2\]"),
+        ({"index": torch.zeros(E, B, N, K)}, r"routes.index: expected an integer dtype, got torch.float32"),
+        ({"weight": torch.zeros(E, N, D, D)}, r"weight: expected shape \[2, 4, 8, 8\], got \[2, 5, 8, 8\]"),
+        ({"weight": torch.zeros(E, N - 1, D, D).double()}, r"weight: expected torch.float32, got torch.float64"),
+        ({"weight": torch.zeros(E, N - 1, D, D, device="meta")}, r"weight: expected device cpu like h0, got meta"),
+        ({"bias": torch.zeros(E, N - 1, D + 1)}, r"bias: expected shape \[2, 4, 8\], got \[2, 4, 9\]"),
+        ({"bias": torch.zeros(E, N - 1, D).half()}, r"bias: expected torch.float32, got torch.float16"),
+        ({"gate": torch.zeros(E, B, N, K + 1)}, r"routes.gate: expected shape \[2, 4, 5, 2\], got \[2, 4, 5, 3\]"),
+        ({"gate": torch.zeros(E, B, N, K).double()}, r"routes.gate: expected torch.float32, got torch.float64"),
+        ({"flow": torch.zeros(E, B, N, dtype=torch.bool)}, r"routes.flow: expected shape \[2, 4, 5, 2\], got"),
+        ({"flow": torch.zeros(E, B, N, K, dtype=torch.uint8)}, r"routes.flow: expected torch.bool, got torch.uint8"),
+        ({"flow": torch.zeros(E, B, N, K, dtype=torch.bool, device="meta")}, r"routes.flow: .* cpu .* got meta"),
+        ({"index": torch.zeros(E, B, N, K, dtype=torch.int32, device="meta")}, r"routes.index: .* cpu .* got meta"),
+    ],
+)
+def test_value_errors(changes, message):
+    h0, weight, bias, routes = make_case(E, B, N, K, D, dtype=torch.float32)
+    inputs = {"h0": h0, "weight": weight, "bias": bias} | routes._asdict() | changes
+    routes = Routes(*(inputs[name] for name in Routes._fields))
+    with pytest.raises(ValueError, match=message):
+        routed_modules(inputs["h0"], inputs["weight"], inputs["bias"], routes)
