@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import resource
 import sys
 import time
 from importlib import metadata, util
@@ -113,7 +114,9 @@ def _run(trainer: Trainer) -> int:
         last = evals[-1]
         print(f"\nevaluation after {last['steps']:,} steps a task and {last['updates']:,} updates:")
         print(success_table(trainer.tasks, last["success"], last["episode_return"], last["episodes"]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts it in KiB
     print(f"\n{'finished' if finished else 'stopped'} after {seconds / 60:.1f} minutes in this session")
+    print(f"memory     {peak:,.0f} MiB at the peak")
     print(f"checkpoint {find_checkpoint(run_dir)}")
     print(f"metrics    {run_dir / 'metrics.jsonl'}, TensorBoard: {run_dir / 'tensorboard'}")
     for picture in pictures:

@@ -1,10 +1,12 @@
 """The progress bar and the clock of a run."""
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 from tqdm import tqdm
 
 
@@ -22,6 +24,7 @@ class Progress:
             initial=updates,
             unit="update",
             disable=not show,
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants a line now and then
             bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
 
@@ -56,9 +59,10 @@ class Progress:
         self._bar.write(line)
 
     def times(self) -> dict[str, float]:
-        """Seconds since this process began the run: in all, and of each phase."""
+        """Seconds since this process began the run, in all and of each phase; and the memory it holds, in MiB."""
         seconds = {"wall": time.perf_counter() - self._start, **self._seconds}
-        return {name: round(value, 3) for name, value in seconds.items()}
+        memory = psutil.Process().memory_info().rss / 2**20
+        return {**{name: round(value, 3) for name, value in seconds.items()}, "rss_mib": round(memory)}
 
     def close(self) -> None:
         self._bar.close()
