@@ -20,6 +20,7 @@ def save_checkpoint(run_dir: Path, steps: int, state: dict[str, Any]) -> Path:
 
     The file appears under its name only when it is whole and on the disk, so a crash or a full disk at any moment
     leaves the earlier ones as they were. Then all but the last three are removed.
+    OSError: it could not be written.
     """
     directory = run_dir / "checkpoints"
     directory.mkdir(parents=True, exist_ok=True)
@@ -31,6 +32,8 @@ def save_checkpoint(run_dir: Path, steps: int, state: dict[str, Any]) -> Path:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"{path}: could not be written: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
     handle = os.open(directory, os.O_RDONLY)  # the rename itself must reach the disk before older files go

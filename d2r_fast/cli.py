@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return commands[args[0]](args[1:])
-    except (ValueError, FileNotFoundError, FileExistsError, MemoryError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
         print(f"d2r {args[0]}: {error}", file=sys.stderr)
         return 1
 
@@ -160,7 +160,13 @@ def _eval(args: list[str]) -> int:
     return 0
 
 
+def _require_no_arguments(args: list[str]) -> None:
+    if args:
+        raise ValueError(f"expected no further argument, got {' '.join(args)}")
+
+
 def _presets(args: list[str]) -> int:
+    _require_no_arguments(args)
     for name, (purpose, cfg) in PRESETS.items():
         print(f"{name:<10} {purpose}")
         print(
@@ -183,6 +189,7 @@ def _version(package: str) -> str:
 
 
 def _info(args: list[str]) -> int:
+    _require_no_arguments(args)
     print(f"python     {platform.python_version()} on {platform.platform()}")
     for package in ("d2r_fast", "torch", "triton", "numpy", "envpool", "metaworld", "mujoco", "gymnasium"):
         print(f"{package:<10} {_version(package)}")

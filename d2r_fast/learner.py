@@ -46,9 +46,14 @@ class Learner:
 
         FloatingPointError: one of them is not finite; the agent's parameters are then worth nothing.
         """
+        means = self.require_finite()
+        self._sums, self._summed = {}, 0
+        return means
+
+    def require_finite(self) -> dict[str, list[float]]:
+        """As `take_metrics`, but the updates count for the next `take_metrics` too."""
         means = {name: (total / self._summed).reshape(-1).tolist() for name, total in self._sums.items()}
         first = self.updates - self._summed + 1
-        self._sums, self._summed = {}, 0
         for name, values in means.items():
             bad = [i for i, value in enumerate(values) if value - value != 0]
             if bad:

@@ -35,7 +35,8 @@ class MetricsLog:
         numbers = value if isinstance(value, list) else [value]
         if name in ("kind", "steps") or not all(isinstance(v, int | float) for v in numbers):
             return
-        per_task = len(numbers) == len(self._tasks)
+        # Gradient norms are one a network, also where there are as many tasks as critics.
+        per_task = len(numbers) == len(self._tasks) and not name.startswith("grad_norm/")
         for i, number in enumerate(numbers):
             tag = f"{record['kind']}/{name}"
             if len(numbers) > 1:

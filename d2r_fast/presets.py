@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import cattrs
+from cattrs.v import format_exception
 
 from d2r_fast.config import EnvConfig, EvalConfig, NetConfig, RunConfig, SacConfig
 
@@ -45,7 +46,7 @@ def _make_converter() -> cattrs.Converter:
     def exactly(*kinds: type) -> Any:
         def structure(value: Any, target: type) -> Any:
             if type(value) not in kinds:
-                raise TypeError(f"expected {target.__name__}, got {value!r}")
+                raise ValueError(f"expected {target.__name__}, got {value!r}")
             return target(value)
 
         return structure
@@ -60,6 +61,11 @@ def _make_converter() -> cattrs.Converter:
 _converter = _make_converter()
 
 
+def _explain(error: BaseException, target: type | None) -> str:
+    """cattrs would call every ValueError "invalid value"; ours say what was expected and what came."""
+    return str(error) if type(error) is ValueError else format_exception(error, target)
+
+
 def config_to_json(cfg: RunConfig) -> str:
     """The whole configuration, as config.json holds it."""
     return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
@@ -71,10 +77,12 @@ def config_from_json(text: str, where: str) -> RunConfig:
         raw: Any = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: not a run configuration: expected a JSON object, got {type(raw).__name__}")
     try:
         return _converter.structure(raw, RunConfig)
     except cattrs.BaseValidationError as error:
-        problems = "; ".join(cattrs.transform_error(error))
+        problems = "; ".join(cattrs.transform_error(error, format_exception=_explain))
         raise ValueError(f"{where}: not a run configuration: {problems}") from error
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class Trainer:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._log = MetricsLog(run_dir, self.tasks, resume["metrics_length"] if resume else None)
         (run_dir / "config.json").write_text(config_to_json(cfg), encoding="utf-8")
-        total_updates = int(cfg.total_steps * cfg.updates_per_step)
+        total_updates = int(cfg.total_steps * Fraction(str(cfg.updates_per_step)))
         self._progress = Progress(self.tasks, total_updates, self.learner.updates, show_progress)
         self._stop_requested = False
 
@@ -120,6 +121,7 @@ class Trainer:
                     self._end_chunk()
                 else:
                     self._collect_chunk()
+            self.learner.require_finite()  # a stop in the middle of a chunk comes before its metrics are looked at
             self._save()
         finally:
             self._progress.close()
@@ -137,7 +139,8 @@ class Trainer:
 
     def _updates_owed(self) -> int:
         """Updates that the steps so far have paid for and that are not made."""
-        paid = int((self.steps - self.cfg.warmup_steps) * self.cfg.updates_per_step)
+        # As a fraction, because 100 * 0.29 is 28.999... in floats, which would be an update too few.
+        paid = int((self.steps - self.cfg.warmup_steps) * Fraction(str(self.cfg.updates_per_step)))
         return max(0, paid - self.learner.updates)
 
     def _make_envs(self) -> MultiTaskEnvs:
@@ -162,6 +165,8 @@ class Trainer:
     def _refill_replay(self) -> None:
         """After a resume without a saved replay: another warm-up, whose steps do not count."""
         for _ in range(self.cfg.warmup_steps // self.cfg.chunk_steps):
+            if self._stop_requested:
+                return
             chunk = self._collector.collect(self.cfg.chunk_steps // self.cfg.env.envs_per_task)
             self.replay.add(chunk.transitions)
 

@@ -1,0 +1,188 @@
+"""Checkpoint files: whole or not there, the last three, and never code."""
+
+import os
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2r_fast.checkpoint import checkpoint_files, find_checkpoint, load_checkpoint, save_checkpoint
+
+
+def names(run_dir: Path) -> list[str]:
+    """Everything in the checkpoints folder, whatever it is called."""
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def contents(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in checkpoint_files(run_dir)}
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    state = {
+        "tensors": {"a": torch.randn(3, 2), "b": torch.arange(4, dtype=torch.uint8), "c": torch.tensor(True)},
+        "generator": torch.Generator().manual_seed(1).get_state(),
+        "numbers": [1, 2.5, float("inf")],
+        "text": "x",
+        "nothing": None,
+    }
+    path = save_checkpoint(tmp_path / "run", 20, state)
+    assert path == tmp_path / "run" / "checkpoints" / "step-0000000020.pt"
+    loaded = load_checkpoint(path)
+    assert loaded.pop("format") == 1
+    assert {k: v for k, v in loaded.items() if k not in ("tensors", "generator")} == {
+        k: v for k, v in state.items() if k not in ("tensors", "generator")
+    }
+    assert torch.equal(loaded["generator"], state["generator"])
+    for name, tensor in state["tensors"].items():
+        assert loaded["tensors"][name].dtype == tensor.dtype
+        assert torch.equal(loaded["tensors"][name], tensor)
+
+
+def test_the_last_three_are_kept_in_order_of_steps(tmp_path):
+    for steps in (8, 90, 700, 1_000, 20_000):
+        save_checkpoint(tmp_path, steps, {"steps": steps})
+    assert names(tmp_path) == ["step-0000000700.pt", "step-0000001000.pt", "step-0000020000.pt"]
+    assert [load_checkpoint(path)["steps"] for path in checkpoint_files(tmp_path)] == [700, 1_000, 20_000]
+    assert load_checkpoint(find_checkpoint(tmp_path))["steps"] == 20_000
+
+
+def test_the_same_steps_again_replace_the_file(tmp_path):
+    save_checkpoint(tmp_path, 5, {"updates": 1})
+    save_checkpoint(tmp_path, 5, {"updates": 2})
+    assert names(tmp_path) == ["step-0000000005.pt"]
+    assert load_checkpoint(find_checkpoint(tmp_path))["updates"] == 2
+
+
+class Unsaveable:
+    def __reduce__(self):
+        raise RuntimeError("this cannot be saved")
+
+
+@pytest.mark.parametrize("n_before", [0, 3])
+@pytest.mark.parametrize("failure", ["value that cannot be saved", "disk full"])
+def test_a_save_that_fails_half_way_leaves_everything_as_it_was(tmp_path, failure, n_before):
+    for steps in range(1, n_before + 1):
+        save_checkpoint(tmp_path, steps, {"weights": torch.full((1000,), float(steps))})
+    before = contents(tmp_path)
+    big = {"weights": torch.ones(1_000_000), "more": torch.ones(1000)}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if failure == "disk full":
+        # Past this many bytes a write fails, as on a full disk: in the middle of the first tensor.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
+    else:
+        big["unsaveable"] = Unsaveable()
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            save_checkpoint(tmp_path, 9, big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert names(tmp_path) == sorted(before)
+    assert contents(tmp_path) == before
+    assert len(before) == n_before
+
+    big.pop("unsaveable", None)
+    save_checkpoint(tmp_path, 9, big)
+    assert torch.equal(load_checkpoint(find_checkpoint(tmp_path))["weights"], big["weights"])
+
+
+def test_an_old_unfinished_file_is_no_checkpoint(tmp_path):
+    """What a power cut in the middle of a save leaves behind; the next save of those steps clears it away."""
+    save_checkpoint(tmp_path, 1, {"steps": 1})
+    (tmp_path / "checkpoints" / "step-0000000002.tmp").write_bytes(b"half")
+    assert find_checkpoint(tmp_path).name == "step-0000000001.pt"
+    save_checkpoint(tmp_path, 2, {"steps": 2})
+    assert names(tmp_path) == ["step-0000000001.pt", "step-0000000002.pt"]
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 100, 0.5, -1])
+def test_a_truncated_file_is_named_with_those_beside_it(tmp_path, kept_bytes):
+    for steps in (1, 2, 3):
+        save_checkpoint(tmp_path, steps, {"weights": torch.ones(1000)})
+    path = find_checkpoint(tmp_path)
+    whole = path.read_bytes()
+    kept = int(len(whole) * kept_bytes) if isinstance(kept_bytes, float) else kept_bytes
+    path.write_bytes(whole[:kept])
+    with pytest.raises(ValueError) as raised:
+        load_checkpoint(path)
+    message = str(raised.value)
+    assert message.startswith(f"{path}: not a readable checkpoint")
+    assert message.endswith("other checkpoints beside it: step-0000000001.pt, step-0000000002.pt")
+    assert load_checkpoint(checkpoint_files(tmp_path)[1])["weights"].sum() == 1000
+
+
+def test_a_damaged_file_alone_points_to_no_others(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {})
+    path.write_bytes(b"not a zip archive")
+    with pytest.raises(ValueError, match=r"step-0000000001\.pt: not a readable checkpoint \(\w+\)$"):
+        load_checkpoint(path)
+
+
+class Attack:
+    """Unpickling this without care runs a command, which leaves a file."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.trace}'",)
+
+
+@pytest.mark.parametrize("written_by", ["torch", "pickle"])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, written_by):
+    trace = tmp_path / "it ran"
+    state = {"format": 1, "agent": Attack(trace)}
+    path = tmp_path / "checkpoints" / "step-0000000001.pt"
+    path.parent.mkdir()
+    if written_by == "torch":
+        torch.save(state, path)
+    else:
+        path.write_bytes(pickle.dumps(state, protocol=2))
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load_checkpoint(path)
+    assert not trace.exists()
+
+    # The file is a working attack: a loader that trusts it leaves the trace.
+    if written_by == "torch":
+        torch.load(path, weights_only=False)
+    else:
+        pickle.loads(path.read_bytes())
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({"format": 2, "steps": 1}, "expected checkpoint format 1, got 2"),
+        ({"steps": 1}, "not a d2r_fast checkpoint"),
+        ({"weight": torch.ones(2)}, "not a d2r_fast checkpoint"),
+        (torch.ones(2), "not a d2r_fast checkpoint"),
+        ([1, 2], "not a d2r_fast checkpoint"),
+    ],
+    ids=["other format", "no format", "state dict", "tensor", "list"],
+)
+def test_files_of_other_kinds(tmp_path, state, message):
+    path = tmp_path / "other.pt"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_checkpoint(path)
+    assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_find_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    for missing in (run, tmp_path / "run" / "checkpoints" / "step-0000000009.pt"):
+        with pytest.raises(FileNotFoundError, match=r"expected a checkpoint file, or a run directory") as raised:
+            find_checkpoint(missing)
+        assert str(missing) in str(raised.value)
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "notes.txt").write_text("no checkpoint")
+    with pytest.raises(FileNotFoundError, match=r"with checkpoints/step-\*\.pt"):
+        find_checkpoint(run)
+    save_checkpoint(run, 1, {})
+    newest = save_checkpoint(run, 2, {})
+    assert find_checkpoint(run) == newest
+    older = checkpoint_files(run)[0]
+    assert find_checkpoint(older) == older

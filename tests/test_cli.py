@@ -1,0 +1,366 @@
+"""The command line: what each command does, and that wrong input is told before anything is made."""
+
+import contextlib
+import io
+import json
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from d2r_fast import cli
+from d2r_fast.checkpoint import checkpoint_files, find_checkpoint
+from d2r_fast.config import EnvConfig, EvalConfig, NetConfig, RunConfig
+from d2r_fast.presets import PRESETS, config_to_json, load_config
+
+TINY = RunConfig(
+    name="tiny",
+    device="cpu",
+    deterministic=True,
+    env=EnvConfig(tasks="reach,drawer-close", envs_per_task=1, episode_length=5),
+    net=NetConfig(n_modules=4, top_k=2, module_width=8, base_width=16, route_widths=(8,)),
+    eval=EvalConfig(every_chunks=2, episodes=1, envs_per_task=1),
+    total_steps=20,
+    warmup_steps=10,
+    chunk_steps=5,
+    updates_per_step=0.5,
+    batch_size=8,
+    replay_capacity=100,
+    checkpoint_every_chunks=2,
+)
+# The same sizes on top of a preset.
+OVERRIDES = shlex.split("""
+    --env.tasks reach,drawer-close --env.envs-per-task 1 --env.episode-length 5 --device cpu --deterministic
+    --net.n-modules 4 --net.top-k 2 --net.module-width 8 --net.base-width 16 --net.route-widths 8
+    --eval.every-chunks 2 --eval.episodes 1 --eval.envs-per-task 1 --updates-per-step 0.5
+    --total-steps 20 --warmup-steps 10 --chunk-steps 5 --batch-size 8 --replay-capacity 100
+    --checkpoint-every-chunks 2
+""")
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def d2r(*args: str) -> Outcome:
+    """Run a command here. White space is evened out in `err`, for long lines are wrapped."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main(list(args))
+        except SystemExit as leaving:
+            assert isinstance(leaving.code, int)
+            code = leaving.code
+    return Outcome(code, out.getvalue(), " ".join(err.getvalue().split()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def restore_torch_switches() -> Iterator[None]:
+    """A deterministic run switches torch over for its whole process, which here belongs to other tests too."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test works in an empty folder, where it shows what a command creates."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a configuration that trains in a second, so that input accepted by mistake does not train for hours."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.json"
+    path.write_text(config_to_json(TINY))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    return run_dir, d2r("train", "quick", *OVERRIDES, "--run-dir", str(run_dir))
+
+
+@pytest.fixture
+def run(trained: tuple[Path, Outcome], tmp_path: Path) -> Path:
+    """A copy of the trained run to work on."""
+    return shutil.copytree(trained[0], tmp_path / "run")
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "time"} for record in records]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder, folders too."""
+    return {str(path.relative_to(folder)): b"" if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_train(trained):
+    run_dir, outcome = trained
+    assert outcome.code == 0
+    assert "Traceback" not in outcome.err
+    assert {path.name for path in run_dir.iterdir()} == {
+        *("config.json", "metrics.jsonl", "tensorboard", "checkpoints", "learning_curve.png", "module_use.png")
+    }
+    cfg = load_config(str(run_dir / "config.json"))
+    assert cfg.task_names == ("reach", "drawer-close")
+    assert (cfg.net.route_widths, cfg.total_steps, cfg.deterministic) == ((8,), 20, True)
+    assert cfg.sac == PRESETS["quick"][1].sac
+    assert [(r["kind"], r["steps"]) for r in metrics(run_dir)] == [
+        *[("train", 5), ("train", 10), ("eval", 10), ("train", 15), ("train", 20), ("eval", 20)],
+        *[("train", 25), ("train", 30), ("eval", 30)],
+    ]
+
+
+def test_train_tells_where_everything_is(trained):
+    run_dir, outcome = trained
+    lines = outcome.out.splitlines()
+    assert f"run        {run_dir}" in lines
+    assert "tasks      reach, drawer-close; 1 environments each" in lines
+    # 100 rows of 39 + 4 + 1 + 39 floats, a flag and 4 x 2 route bytes are 0.03 MiB.
+    assert "replay     100 transitions, 0 MiB on cpu" in lines
+    assert "evaluation after 30 steps a task and 10 updates:" in lines
+    last = metrics(run_dir)[-1]
+    for task, success in zip(("reach", "drawer-close"), last["success"], strict=True):
+        assert any(line.split()[:2] == [task, f"{success:.2f}"] for line in lines)
+    named = {line.split()[1].rstrip(",") for line in lines if line.startswith(("checkpoint ", "metrics ", "picture "))}
+    assert named == {
+        str(run_dir / name)
+        for name in ("checkpoints/step-0000000030.pt", "metrics.jsonl", "learning_curve.png", "module_use.png")
+    }
+    assert any(line.startswith("finished after") for line in lines)
+
+
+def test_training_from_a_runs_config_repeats_it(trained, tmp_path):
+    run_dir, _ = trained
+    assert d2r("train", str(run_dir / "config.json")).code == 0
+    (made,) = tmp_path.glob("*/*")  # without --run-dir: runs/NAME-seedSEED-TIME
+    assert made.parent.name == "runs"
+    assert made.name.startswith("quick-seed0-2")
+    assert metrics(made) == metrics(run_dir)
+    assert (made / "config.json").read_bytes() == (run_dir / "config.json").read_bytes()
+
+
+def test_overrides_come_on_top_of_a_config_file(trained, tmp_path):
+    outcome = d2r("train", str(trained[0] / "config.json"), "--seed", "3", "--total-steps=5", "--run-dir=other")
+    assert outcome.code == 0
+    cfg = load_config(str(tmp_path / "other" / "config.json"))
+    assert (cfg.seed, cfg.total_steps, cfg.batch_size) == (3, 5, 8)
+    pairs = list(zip(metrics(tmp_path / "other"), metrics(trained[0]), strict=False))
+    assert pairs[0][0]["scaled_return"] != pairs[0][1]["scaled_return"]
+
+
+def test_resume_goes_on(run):
+    before = metrics(run)
+    assert d2r("train", "--resume", str(run), "--total-steps", "25").code == 0
+    after = metrics(run)
+    assert after[: len(before)] == before
+    assert [(r["kind"], r["steps"]) for r in after[len(before) :]] == [("train", 35), ("eval", 35)]
+    assert load_config(str(run / "config.json")).total_steps == 25
+
+
+def test_resume_works_from_inside_the_run(run, monkeypatch):
+    monkeypatch.chdir(run)
+    outcome = d2r("train", "--resume", ".")
+    assert (outcome.code, "finished" in outcome.out) == (0, True)
+
+
+def test_diverging_training_is_one_line_and_no_traceback(tiny, tmp_path):
+    outcome = d2r("train", tiny, "--env.reward-scale", "1e30", "--run-dir", "run")
+    assert outcome.code == 1
+    assert "d2r train: updates 1..2: loss/critic[0] is inf; training has diverged" in outcome.err
+    assert [path.name for path in checkpoint_files(tmp_path / "run")] == ["step-0000000010.pt"]
+
+
+def test_eval_of_a_run_and_of_a_checkpoint_file(run, tmp_path):
+    options = ("--episodes", "2", "--envs-per-task", "2")
+    newest = find_checkpoint(run)
+    outcome = d2r("eval", str(run), *options, "--json", "a.json")
+    assert outcome.code == 0
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["checkpoint"] == str(newest)
+    assert (record["steps"], record["seed"], record["episodes"], record["episode_length"]) == (30, 0, 2, 5)
+    assert record["tasks"] == ["reach", "drawer-close"]
+    assert record["mean_success"] == sum(record["success"]) / 2
+    assert [len(use) for use in record["module_use"]] == [4, 4]
+    lines = outcome.out.splitlines()
+    assert lines[0] == f"{newest}: 30 steps a task, 5-step episodes, random goals"
+    for task, success, value in zip(record["tasks"], record["success"], record["episode_return"], strict=True):
+        assert [task, f"{success:.2f}", f"{value:.0f}"] in [line.split() for line in lines]
+
+    assert d2r("eval", str(newest), *options, "--json", "b.json").code == 0
+    assert json.loads((tmp_path / "b.json").read_text()) == record
+    assert d2r("eval", str(newest), *options, "--seed", "1", "--json", "c.json").code == 0
+    other = json.loads((tmp_path / "c.json").read_text())
+    assert other["episode_return"] != record["episode_return"]
+
+    earlier = checkpoint_files(run)[0]
+    assert d2r("eval", str(earlier), *options, "--json", "d.json").code == 0
+    assert json.loads((tmp_path / "d.json").read_text())["steps"] == 10
+
+
+def test_paths_that_cannot_be_written_are_one_line(run, tiny, tmp_path):
+    outcome = d2r("eval", "run", "--episodes", "1", "--envs-per-task", "1", "--json", ".")
+    assert (outcome.code, outcome.err) == (1, "d2r eval: [Errno 21] Is a directory: '.'")
+    (tmp_path / "file").write_text("")
+    outcome = d2r("train", tiny, "--run-dir", "file/run")
+    assert (outcome.code, outcome.err) == (1, "d2r train: [Errno 20] Not a directory: 'file/run'")
+
+
+def test_eval_only_reads(run):
+    before = contents(run)
+    assert d2r("eval", str(run), "--episodes", "1", "--envs-per-task", "1").code == 0
+    assert contents(run) == before
+
+
+def test_presets():
+    outcome = d2r("presets")
+    assert (outcome.code, outcome.err) == (0, "")
+    for name, (purpose, cfg) in PRESETS.items():
+        assert any(line.split()[0] == name and line.endswith(purpose) for line in outcome.out.splitlines())
+        assert f"{cfg.n_tasks} tasks, N={cfg.net.n_modules} K={cfg.net.top_k}" in outcome.out
+
+
+def test_info():
+    outcome = d2r("info")
+    assert (outcome.code, outcome.err) == (0, "")
+    told = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
+    assert told["torch"] == torch.__version__
+    assert told["envpool"][0].isdigit()
+    assert "reference: ready" in told["backend"]
+    assert ("none" in told["gpu"]) == (not torch.cuda.is_available())
+
+
+def test_help():
+    outcome = d2r("--help")
+    assert outcome.code == 0
+    assert all(f"d2r {command}" in outcome.out for command in ("train", "eval", "presets", "info"))
+    fields = d2r("train", "quick", "--help")
+    assert fields.code == 0
+    assert all(name in fields.out for name in ("--net.top-k", "--updates-per-step", "--env.tasks", "--eval.episodes"))
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("trian", "unknown command 'trian': expected train, eval, presets, info"),
+        ("train", "expected a preset (mt10-rand, quick), a config.json or --resume RUN first"),
+        ("train --seed 1", "expected a preset"),
+        ("train quik", "'quik': expected a preset (mt10-rand, quick) or the path of a config.json"),
+        ("train none/config.json", "expected a preset (mt10-rand, quick) or the path of a config.json"),
+        ("train TINY --bathc-size 8", "Unrecognized options: --bathc-size, 8"),
+        ("train TINY --env.envs-per-tsk 3", "Perhaps you meant: --env.envs-per-task INT"),
+        ("train TINY --batch-size 1.5", "Error parsing --batch-size: invalid literal for int() with base 10: '1.5'"),
+        ("train TINY --batch-size 7", "batch_size: expected a multiple of the 2 tasks, got 7"),
+        ("train TINY --env.tasks reach,drawer-clsoe", 'unknown task "drawer-clsoe" at position 2, did you mean'),
+        ("train TINY --env.tasks MT10", "batch_size: expected a multiple of the 10 tasks, got 8"),
+        ("train TINY --device gpu", "Expected one of ('auto', 'cpu', 'cuda')"),
+        ("train TINY --seed -1", "seed: expected 0..2**32-1, got -1"),
+        ("train TINY --net.top-k 5", "net.top_k: expected 1..n_modules=4, got 5"),
+        ("train TINY --env.envs-per-task 2", "chunk_steps: expected a multiple of env.envs_per_task=2, got 5"),
+        ("train TINY --total-steps 21", "total_steps: expected a multiple of chunk_steps=5, got 21"),
+        ("train TINY --replay-capacity 9", "replay_capacity: expected at least chunk_steps x tasks = 10, got 9"),
+        ("train TINY --replay-capacity 10000000000000", "replay_capacity: 10,000,000,000,000 transitions need"),
+        ("train TINY --updates-per-step 0", "updates_per_step: expected "),
+        ("train TINY --updates-per-step inf", "updates_per_step: expected a finite number over 0, got inf"),
+        ("train TINY --name a/b", "name: expected letters, digits, '-', '_' or '.', got 'a/b'"),
+        ("train TINY --run-dir", "--run-dir: expected a path behind it"),
+        ("train --resume", "--resume: expected a path behind it"),
+        ("train --resume none", "none: expected a checkpoint file, or a run directory with checkpoints/step-*.pt"),
+        ("train --resume .", "expected a checkpoint file, or a run directory with checkpoints/step-*.pt"),
+        ("eval", "run"),
+        ("eval none", "none: expected a checkpoint file, or a run directory with checkpoints/step-*.pt"),
+        ("eval none --episode 3", "Unrecognized options: --episode"),
+    ],
+)
+def test_wrong_input_is_told_and_nothing_is_made(tiny, tmp_path, args, message):
+    outcome = d2r(*args.replace("TINY", tiny).split())
+    assert outcome.code in (1, 2)
+    assert message in outcome.err
+    assert outcome.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_command_the_usage_is_shown():
+    outcome = d2r()
+    assert (outcome.code, outcome.out) == (2, cli.USAGE)
+
+
+def test_a_gpu_that_is_asked_for_is_used_or_missed(tiny, tmp_path):
+    outcome = d2r("train", tiny, "--device", "cuda", "--no-deterministic", "--run-dir", "run")
+    if torch.cuda.is_available():
+        assert outcome.code == 0
+        assert "device     cuda" in outcome.out
+    else:
+        assert outcome.code == 1
+        assert "device: expected a GPU for 'cuda', but torch" in outcome.err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_something_in_it_is_refused(run, tiny, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path)
+    for name in ("run", "full", "file"):
+        outcome = d2r("train", tiny, "--run-dir", name)
+        assert outcome.code == 1
+        assert f"--run-dir: {name} exists and is not empty; to go on from it: --resume {name}" in outcome.err
+    assert contents(tmp_path) == before
+
+
+def test_an_empty_folder_is_taken(tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert d2r("train", tiny, "--total-steps", "5", "--run-dir", "empty").code == 0
+    assert (tmp_path / "empty" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("--seed 1", "seed cannot change, the saved run has 0"),
+        ("--batch-size 16", "batch_size cannot change, the saved run has 8; a resumed run may change"),
+        ("--net.top-k 1", "net cannot change, the saved run has NetConfig(n_modules=4, top_k=2"),
+        ("--env.tasks reach,push", "env cannot change"),
+        ("--no-deterministic", "deterministic cannot change, the saved run has True"),
+        ("--total-steps 21", "total_steps: expected a multiple of chunk_steps=5, got 21"),
+        ("--totalsteps 25", "Unrecognized options: --totalsteps"),
+        ("--run-dir other", "Unrecognized options: --run-dir"),
+    ],
+)
+def test_resume_refuses_what_the_saved_state_was_not_made_with(run, tmp_path, args, message):
+    before = contents(tmp_path)
+    outcome = d2r("train", "--resume", "run", *args.split())
+    assert outcome.code in (1, 2)
+    assert message in outcome.err
+    assert outcome.out == ""
+    assert contents(tmp_path) == before
+
+
+def test_resume_wants_the_run_and_not_one_of_its_checkpoints(run):
+    outcome = d2r("train", "--resume", str(find_checkpoint(run)))
+    assert outcome.code == 1
+    assert "--resume: expected a run directory, got" in outcome.err
+
+
+@pytest.mark.parametrize("command", [("train", "--resume"), ("eval",)])
+def test_a_damaged_checkpoint_points_to_the_ones_before_it(run, command):
+    newest = find_checkpoint(run)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    before = contents(run)
+    outcome = d2r(*command, str(run))
+    assert outcome.code == 1
+    assert f"{newest.name}: not a readable checkpoint" in outcome.err
+    assert "other checkpoints beside it: step-0000000010.pt, step-0000000020.pt" in outcome.err
+    assert contents(run) == before
