@@ -15,11 +15,12 @@ import tyro
 
 from d2r_fast.checkpoint import find_checkpoint, load_checkpoint
 from d2r_fast.config import EvalConfig, RunConfig
+from d2r_fast.envs import describe_engines
 from d2r_fast.evaluate import evaluate
 from d2r_fast.metrics import read_metrics
 from d2r_fast.presets import PRESETS, config_from_json, load_config
 from d2r_fast.report import success_table, write_report
-from d2r_fast.trainer import Trainer, choose_device, make_agent, stream_seed
+from d2r_fast.trainer import EVAL_COMMAND, Trainer, choose_device, make_agent, stream_seed
 
 USAGE = """usage: d2r COMMAND ...
 
@@ -99,7 +100,9 @@ def _run(trainer: Trainer) -> int:
     sizes = {name: sum(p.numel() for p in getattr(trainer.agent, name).parameters()) for name in ("actor", "critics")}
     print(f"run        {run_dir}")
     print(f"device     {trainer.device} ({torch.get_num_threads()} threads), torch {torch.__version__}")
-    print(f"tasks      {', '.join(trainer.tasks)}; {cfg.env.envs_per_task} environments each")
+    env = cfg.env
+    print(f"tasks      {', '.join(trainer.tasks)}; {env.envs_per_task} environments each")
+    print(f"engines    {describe_engines(trainer.tasks, env.engine, env.goals)}")
     print(f"parameters actor {sizes['actor']:,}, both critics {sizes['critics']:,}")
     print(
         f"replay     {cfg.replay_capacity:,} transitions, {trainer.replay.n_bytes / 2**20:,.0f} MiB on {trainer.device}"
@@ -150,8 +153,10 @@ def _eval(args: list[str]) -> int:
     agent = make_agent(cfg, choose_device("auto"))
     agent.load_state_dict(state["agent"])
     eval_cfg = EvalConfig(episodes=wanted.episodes, envs_per_task=wanted.envs_per_task)
-    result = evaluate(agent, cfg.task_names, cfg.env.episode_length, eval_cfg, stream_seed(wanted.seed, 5))
-    print(f"{path}: {state['steps']:,} steps a task, {cfg.env.episode_length}-step episodes, random goals")
+    env = cfg.env
+    seed = stream_seed(wanted.seed, EVAL_COMMAND)
+    result = evaluate(agent, cfg.task_names, env.episode_length, eval_cfg, seed, env.engine, env.goals)
+    print(f"{path}: {state['steps']:,} steps a task, {env.episode_length}-step episodes, {env.goals} goals")
     print(success_table(cfg.task_names, result.success, result.episode_return, result.episodes))
     if wanted.json is not None:
         record = {"checkpoint": str(path), "steps": state["steps"], "tasks": cfg.task_names, "seed": wanted.seed}

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from d2r_fast.envs.metaworld import parse_tasks
+from d2r_fast.envs.fidelity_table import EngineChoice, choose_engines
+from d2r_fast.envs.metaworld import Goals, parse_tasks
 from d2r_fast.ops.select_routes import MAX_MODULES
 
 
@@ -85,7 +86,11 @@ class EnvConfig:
     """The environments that training collects from."""
 
     tasks: str = "MT10"
-    """MT10, or a comma-separated list of Meta-World tasks such as `reach,door-close`."""
+    """MT10, MT25, MT50, MT1-<task>, or a comma-separated list such as `reach,door-close`."""
+    engine: EngineChoice = "auto"
+    """What simulates: the engine that the fidelity table names for each task, or one for all."""
+    goals: Goals = "random"
+    """Goals drawn from the continuous range, from the package's 50 of a seed, or one a task."""
     envs_per_task: int = 1
     """n, environments a task."""
     episode_length: int = 200
@@ -163,7 +168,10 @@ class RunConfig:
         _require(0 <= self.seed < 2**32, f"seed: expected 0..2**32-1, got {self.seed}")
         for name in ("total_steps", "warmup_steps", "chunk_steps", "batch_size", "checkpoint_every_chunks"):
             _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
-        _require(self.updates_per_step > 0, f"updates_per_step: expected more than 0, got {self.updates_per_step}")
+        _require(
+            0 < self.updates_per_step < float("inf"),
+            f"updates_per_step: expected a finite number over 0, got {self.updates_per_step}",
+        )
         n = self.env.envs_per_task
         _require(
             self.chunk_steps % n == 0,
@@ -174,6 +182,7 @@ class RunConfig:
                 getattr(self, name) % self.chunk_steps == 0,
                 f"{name}: expected a multiple of chunk_steps={self.chunk_steps}, got {getattr(self, name)}",
             )
+        choose_engines(self.task_names, self.env.engine, self.env.goals)  # refuses goals that an engine does not have
         n_tasks = self.n_tasks
         _require(
             self.batch_size % n_tasks == 0,

@@ -7,6 +7,8 @@ import torch
 
 from d2r_fast.config import EvalConfig
 from d2r_fast.envs import make_envs
+from d2r_fast.envs.fidelity_table import EngineChoice
+from d2r_fast.envs.metaworld import Goals
 from d2r_fast.ops import unpack_active
 from d2r_fast.policy import Agent
 
@@ -25,7 +27,15 @@ class EvalResult(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, tasks: tuple[str, ...], episode_length: int, cfg: EvalConfig, seed: int) -> EvalResult:
+def evaluate(
+    agent: Agent,
+    tasks: tuple[str, ...],
+    episode_length: int,
+    cfg: EvalConfig,
+    seed: int,
+    engine: EngineChoice = "auto",
+    goals: Goals = "random",
+) -> EvalResult:
     """Run `cfg.episodes` episodes of each task, with goals drawn from `seed`. The agent keeps its mode."""
     device = agent.log_alpha.device
     task = torch.arange(len(tasks), device=device).repeat_interleave(cfg.envs_per_task)
@@ -37,7 +47,7 @@ def evaluate(agent: Agent, tasks: tuple[str, ...], episode_length: int, cfg: Eva
 
     was_training = agent.training
     agent.eval()
-    with make_envs(tasks, cfg.envs_per_task, episode_length, seed) as envs:
+    with make_envs(tasks, cfg.envs_per_task, episode_length, seed, engine=engine, goals=goals) as envs:
         obs = envs.reset()  # [T,n,O]
         for _ in range(n_rounds):
             success = np.zeros(shape, dtype=bool)

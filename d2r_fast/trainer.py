@@ -25,7 +25,7 @@ from d2r_fast.replay import Replay
 UPDATES_AT_ONCE = 10
 
 # Independent random streams of one seed.
-_NETWORKS, _LEARNER, _ACTING, _TRAIN_ENVS, _EVAL_ENVS = range(5)
+_NETWORKS, _LEARNER, _ACTING, _TRAIN_ENVS, _EVAL_ENVS, EVAL_COMMAND = range(6)
 
 
 def stream_seed(seed: int, stream: int, epoch: int = 0) -> int:
@@ -146,7 +146,9 @@ class Trainer:
     def _make_envs(self) -> MultiTaskEnvs:
         env = self.cfg.env
         seed = stream_seed(self.cfg.seed, _TRAIN_ENVS, self._env_epoch)
-        return make_envs(self.tasks, env.envs_per_task, env.episode_length, seed, env.reward_scale)
+        return make_envs(
+            self.tasks, env.envs_per_task, env.episode_length, seed, env.reward_scale, env.engine, env.goals
+        )
 
     def _collect_chunk(self) -> None:
         with self._progress.phase("collect"):
@@ -183,7 +185,8 @@ class Trainer:
     def _evaluate(self, counts: dict[str, int]) -> None:
         with self._progress.phase("evaluate"):
             seed = stream_seed(self.cfg.seed, _EVAL_ENVS, self._evaluations)
-            result = evaluate(self.agent, self.tasks, self.cfg.env.episode_length, self.cfg.eval, seed)
+            env = self.cfg.env
+            result = evaluate(self.agent, self.tasks, env.episode_length, self.cfg.eval, seed, env.engine, env.goals)
         self._evaluations += 1
         record = {"kind": "eval", **counts, "mean_success": result.mean_success, **result._asdict()}
         self._log.write({**record, "time": self._progress.times()})

@@ -41,6 +41,8 @@ OVERRIDES = shlex.split("""
     --checkpoint-every-chunks 2
 """)
 
+PRESET_NAMES = ", ".join(PRESETS)
+
 
 class Outcome(NamedTuple):
     code: int
@@ -255,10 +257,10 @@ def test_help():
     "args, message",
     [
         ("trian", "unknown command 'trian': expected train, eval, presets, info"),
-        ("train", "expected a preset (mt10-rand, quick), a config.json or --resume RUN first"),
+        ("train", f"expected a preset ({PRESET_NAMES}), a config.json or --resume RUN first"),
         ("train --seed 1", "expected a preset"),
-        ("train quik", "'quik': expected a preset (mt10-rand, quick) or the path of a config.json"),
-        ("train none/config.json", "expected a preset (mt10-rand, quick) or the path of a config.json"),
+        ("train quik", f"'quik': expected a preset ({PRESET_NAMES}) or the path of a config.json"),
+        ("train none/config.json", f"expected a preset ({PRESET_NAMES}) or the path of a config.json"),
         ("train TINY --bathc-size 8", "Unrecognized options: --bathc-size, 8"),
         ("train TINY --env.envs-per-tsk 3", "Perhaps you meant: --env.envs-per-task INT"),
         ("train TINY --batch-size 1.5", "Error parsing --batch-size: invalid literal for int() with base 10: '1.5'"),

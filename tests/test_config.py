@@ -122,7 +122,7 @@ WRONG = [
     (RunConfig, {"chunk_steps": 0}, "chunk_steps", "at least 1", "0"),
     (RunConfig, {"batch_size": 0}, "batch_size", "at least 1", "0"),
     (RunConfig, {"checkpoint_every_chunks": 0}, "checkpoint_every_chunks", "at least 1", "0"),
-    (RunConfig, {"updates_per_step": 0.0}, "updates_per_step", "more than 0", "0.0"),
+    (RunConfig, {"updates_per_step": 0.0}, "updates_per_step", "a finite number over 0", "0.0"),
     (
         RunConfig,
         {"env": EnvConfig(envs_per_task=3)},

@@ -122,7 +122,7 @@ def test_load_config_by_name_and_by_path(tmp_path):
     path.write_text(changed(seed=5))
     assert load_config(str(path)) == RunConfig(seed=5)
     for wrong in ("quik", str(tmp_path), str(tmp_path / "none.json")):
-        with pytest.raises(ValueError, match=r"expected a preset \(mt10-rand, quick\) or the path of a config\.json"):
+        with pytest.raises(ValueError, match=r"expected a preset \(mt10-rand, .*quick\) or the path of a config\.json"):
             load_config(wrong)
 
 
@@ -130,7 +130,7 @@ def test_load_config_by_name_and_by_path(tmp_path):
 def test_a_presets_tasks_exist(name):
     cfg = PRESETS[name][1]
     assert set(cfg.task_names) <= set(ALL_TASKS)
-    assert cfg.n_tasks == len(set(cfg.task_names)) > 1
+    assert cfg.n_tasks == len(set(cfg.task_names)) >= 1
     assert cfg.name == name
 
 

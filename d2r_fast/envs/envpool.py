@@ -2,26 +2,43 @@
 
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from d2r_fast.envs.metaworld import ACTION_SIZE, ENVPOOL_DEPARTURES, OBS_SIZE, MultiTaskEnvs, Step, check_tasks
+from d2r_fast.envs.fidelity_table import FIDELITY
+from d2r_fast.envs.metaworld import (
+    ACTION_SIZE,
+    ALL_TASKS,
+    OBS_SIZE,
+    CallOrder,
+    Goals,
+    MultiTaskEnvs,
+    Step,
+    check_action,
+    check_tasks,
+)
+from d2r_fast.envs.scenes import hammer_base_path
 
 
 class EnvPoolEnvs(MultiTaskEnvs):
-    """`envs_per_task` environments of each task, episodes of `episode_length` steps, goals from the continuous range.
+    """`envs_per_task` environments of each task, episodes of `episode_length` steps, corrected as `FIDELITY` says.
 
-    Environment i of task k is seeded with seed + k*envs_per_task + i: within a pool EnvPool adds i itself, and equal
-    seeds would give all tasks the same stream of random numbers. Runs with equal arguments and actions are bitwise
-    equal; so let seeds of runs that must differ (training, evaluation) lie at least T*envs_per_task apart.
+    goals: "random" draws them anew at every reset, from the continuous range. Environment i of the task at position p
+    is then seeded with seed + p*envs_per_task + i: within a pool EnvPool adds i itself, and equal seeds would give all
+    tasks the same stream of random numbers. Runs with equal arguments and actions are bitwise equal; so let seeds of
+    runs that must differ (training, evaluation) lie at least T*envs_per_task apart.
+    "fixed" gives all environments of a task one goal and one first state, in every episode, which depend on the task
+    and `seed` alone. EnvPool can neither set nor keep a goal: each pool is made anew, with the same seeds, as soon as
+    its episode has ended, while those after it still step.
 
+    positions: of the tasks in a longer list of which they are a part, so that it does not matter to a task where the
+    others run; by default 0..T-1.
     num_threads: threads of each pool; by default enough for those of all pools together to keep every usable core busy.
-    ImportError: EnvPool is missing. ValueError: tasks, counts or seed out of range.
-    Warns of each task in ENVPOOL_DEPARTURES.
+    ImportError: EnvPool is missing. ValueError: tasks, counts or seed out of range, or goals that EnvPool cannot give.
+    OSError, RuntimeError: of `hammer_base_path`.
     """
 
     def __init__(
@@ -31,9 +48,18 @@ class EnvPoolEnvs(MultiTaskEnvs):
         episode_length: int,
         seed: int,
         reward_scale: float = 1.0,
+        goals: Goals = "random",
+        positions: Sequence[int] | None = None,
         num_threads: int | None = None,
     ):
         check_tasks(tasks)
+        if goals not in ("random", "fixed"):
+            raise ValueError(
+                f'goals: EnvPool offers "random" and "fixed", got "{goals}"; '
+                'the engine with the package\'s own goals is engine="official"'
+            )
+        if positions is None:
+            positions = range(len(tasks))
         if num_threads is None:
             num_threads = min(envs_per_task, math.ceil(len(os.sched_getaffinity(0)) / len(tasks)))
         for name, value in [
@@ -43,63 +69,57 @@ class EnvPoolEnvs(MultiTaskEnvs):
         ]:
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        n_seeds = len(tasks) * envs_per_task
+        n_seeds = len(ALL_TASKS) if goals == "fixed" else (max(positions) + 1) * envs_per_task
         if not 0 <= seed <= 2**31 - n_seeds:
             raise ValueError(f"seed={seed} must lie in 0..{2**31 - n_seeds}: EnvPool's {n_seeds} seeds are 32-bit")
-        for task in tasks:
-            if task in ENVPOOL_DEPARTURES:
-                # Level 3 is the caller of make_envs.
-                warnings.warn(f"{task} differs in EnvPool from the official: {ENVPOOL_DEPARTURES[task]}", stacklevel=3)
 
         self.tasks = tuple(tasks)
         self.envs_per_task = envs_per_task
         self.episode_length = episode_length
         self.reward_scale = reward_scale
-        # Then "ready" <-> "stepping", at last "closed"; "broken" while a call is at work, and so ever after if it fails
-        # half way, when another recv would wait for rows that never come.
-        self._state = "made"
-        envpool = _import_envpool()
-        self._pools: list[Any] = [
-            envpool.make(
-                envpool_name(task),
-                env_type="gymnasium",
-                num_envs=envs_per_task,
-                num_threads=num_threads,
-                seed=seed + k * envs_per_task,
-                max_episode_steps=episode_length,
-                partially_observable=False,  # the default hides the goal
-            )
-            for k, task in enumerate(self.tasks)
+        self._order = CallOrder()
+        self._fixed_goals = goals == "fixed"
+        self._envpool = _import_envpool()
+        self._pool_settings: list[dict[str, Any]] = [
+            {
+                "env_type": "gymnasium",
+                "num_envs": envs_per_task,
+                "num_threads": num_threads,
+                "seed": [seed + ALL_TASKS.index(task)] * envs_per_task
+                if goals == "fixed"
+                else seed + p * envs_per_task,
+                "max_episode_steps": episode_length,
+                "partially_observable": False,  # the default hides the goal
+            }
+            for task, p in zip(self.tasks, positions, strict=True)
         ]
+        self._pools: list[Any] = [self._make_pool(k) for k in range(self.n_tasks)]
 
     def reset(self) -> np.ndarray:
-        self._expect("reset", "made", "ready")
-        self._state = "broken"
-        for pool in self._pools:
-            pool.async_reset()
+        self._order.expect("reset", "made", "ready")
+        unused = self._order.state == "made"
+        self._order.state = "broken"
+        for k in range(self.n_tasks):
+            if self._fixed_goals and not unused:
+                self._renew_pool(k)
+            self._pools[k].async_reset()
         obs = self._empty(OBS_SIZE)  # [T,n,O]
-        for k, pool in enumerate(self._pools):
-            obs[k] = self._recv_first_obs(k, pool)
-        self._state = "ready"
+        for k in range(self.n_tasks):
+            obs[k] = self._recv_first_obs(k)
+        self._order.state = "ready"
         return obs
 
     def send(self, action: np.ndarray) -> None:
-        self._expect("send", "ready")
-        shape = (self.n_tasks, self.envs_per_task, ACTION_SIZE)
-        if not isinstance(action, np.ndarray) or action.shape != shape or action.dtype != np.float32:
-            got = f"{action.dtype} {action.shape}" if isinstance(action, np.ndarray) else type(action).__name__
-            raise ValueError(f"action: expected a numpy array, float32 {shape}, got {got}")
-        if not np.isfinite(action).all():
-            k, i, _ = np.argwhere(~np.isfinite(action))[0]
-            raise ValueError(f"action: not finite for task {self.tasks[k]}, environment {i}: {action[k, i]}")
-        self._state = "broken"
+        self._order.expect("send", "ready")
+        check_action(action, self.tasks, self.envs_per_task)
+        self._order.state = "broken"
         for pool, pool_action in zip(self._pools, action, strict=True):
             pool.send(pool_action)
-        self._state = "stepping"
+        self._order.state = "stepping"
 
     def recv(self) -> Step:
-        self._expect("recv", "stepping")
-        self._state = "broken"
+        self._order.expect("recv", "stepping")
+        self._order.state = "broken"
         step = Step(
             obs=self._empty(OBS_SIZE),
             next_obs=self._empty(OBS_SIZE),
@@ -108,8 +128,11 @@ class EnvPoolEnvs(MultiTaskEnvs):
             truncated=np.zeros((self.n_tasks, self.envs_per_task), bool),
             success=np.zeros((self.n_tasks, self.envs_per_task), bool),
         )
-        for k, pool in enumerate(self._pools):
-            step.next_obs[k], step.reward[k], terminated, truncated, info = pool.recv()
+        for k in range(self.n_tasks):
+            next_obs, reward, terminated, truncated, info = self._pools[k].recv()
+            if FIDELITY[self.tasks[k]].correction == "open_gripper_reward":
+                reward = open_gripper_reward(reward, next_obs, info["grasp_reward"])
+            step.next_obs[k], step.reward[k] = next_obs, reward
             step.success[k] = info["success"]
             step.truncated[k] = truncated
             if terminated.any() or truncated.any() != truncated.all():
@@ -117,26 +140,39 @@ class EnvPoolEnvs(MultiTaskEnvs):
                     f"EnvPool's environments of {self.tasks[k]} must end together and by time alone, "
                     f"got terminated={terminated}, truncated={truncated}, elapsed_step={info['elapsed_step']}"
                 )
-            if truncated.all():
+            if truncated.all() and self._fixed_goals:
+                self._renew_pool(k)
+                self._pools[k].async_reset()
+            elif truncated.all():
                 # EnvPool begins the next episode at the following call, whatever its action. Making that call here,
                 # before the other pools are waited for, lets the resets of all pools overlap.
-                pool.send(np.zeros((self.envs_per_task, ACTION_SIZE), np.float32))
+                self._pools[k].send(np.zeros((self.envs_per_task, ACTION_SIZE), np.float32))
         step.reward[:] *= self.reward_scale
         step.obs[:] = step.next_obs
-        for k, pool in enumerate(self._pools):
+        for k in range(self.n_tasks):
             if step.truncated[k].all():
-                step.obs[k] = self._recv_first_obs(k, pool)
-        self._state = "ready"
+                step.obs[k] = self._recv_first_obs(k)
+        self._order.state = "ready"
         return step
 
     def close(self) -> None:
         # EnvPool has no call that ends its threads: they go with the last reference to the pool.
         self._pools = []
-        self._state = "closed"
+        self._order.state = "closed"
 
-    def _recv_first_obs(self, k: int, pool: Any) -> np.ndarray:
+    def _make_pool(self, k: int) -> Any:
+        settings = self._pool_settings[k]
+        if FIDELITY[self.tasks[k]].correction == "goal_in_world":
+            settings = settings | {"base_path": hammer_base_path()}
+        return self._envpool.make(envpool_name(self.tasks[k]), **settings)
+
+    def _renew_pool(self, k: int) -> None:
+        self._pools[k] = None  # frees its 16 MiB an environment before as much is taken again
+        self._pools[k] = self._make_pool(k)
+
+    def _recv_first_obs(self, k: int) -> np.ndarray:
         # The row's reward is not zero but belongs to no action, so it is left behind here.
-        obs, info = pool.recv(reset=True)
+        obs, info = self._pools[k].recv(reset=True)
         if info["elapsed_step"].any():
             raise RuntimeError(f"EnvPool did not reset {self.tasks[k]}: elapsed_step={info['elapsed_step']}")
         return obs
@@ -144,16 +180,19 @@ class EnvPoolEnvs(MultiTaskEnvs):
     def _empty(self, *width: int) -> np.ndarray:
         return np.empty((self.n_tasks, self.envs_per_task, *width), np.float32)
 
-    def _expect(self, call: str, *states: str) -> None:
-        if self._state not in states:
-            why = {
-                "made": "call reset() first",
-                "ready": "nothing was sent: call send() first",
-                "stepping": "a step is under way: call recv() first",
-                "broken": "an earlier call failed half way: make the environments anew",
-                "closed": "the environments are closed",
-            }
-            raise RuntimeError(f"{call}(): {why[self._state]}")
+
+def open_gripper_reward(reward: np.ndarray, obs: np.ndarray, near_button: np.ndarray) -> np.ndarray:
+    """button-press-topdown-wall's reward as Meta-World 3.1.1 gives it, for an open gripper; EnvPool's is 3.0.0's, for a
+    closed one. reward [n]; obs [n,39] that the step led to; near_button [n]: EnvPool's info["grasp_reward"].
+    """
+    opening = obs[:, 3]
+    return reward + 5 * (_hamacher(np.maximum(opening, 0), near_button) - _hamacher(1 - opening, near_button))
+
+
+def _hamacher(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The Hamacher product ab / (a + b - ab), 0 where both are 0."""
+    denominator = a + b - a * b
+    return np.divide(a * b, denominator, out=np.zeros_like(denominator), where=denominator > 0)
 
 
 def envpool_name(task: str) -> str:

@@ -6,7 +6,7 @@ Letters: T tasks, n environments a task, O = 39 numbers of an observation, A = 4
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,9 @@ OBS_SIZE = 39
 """O: 18 numbers now, the same 18 one step before, the goal's 3. Task ids are not part of it."""
 ACTION_SIZE = 4
 """A: the gripper's displacement in x, y, z and its closing effort, each clipped to [-1, 1] by the simulation."""
+
+Goals = Literal["random", "official", "fixed"]
+"""Drawn anew at every reset from the continuous range; drawn from the package's 50 of a seed; one a task."""
 
 MT10 = (
     "reach",
@@ -84,29 +87,49 @@ ALL_TASKS = (
 )
 """All 50 tasks, in the official MT50 order."""
 
-ENVPOOL_DEPARTURES = {
-    "hammer": "the goal drifts further away at every reset",
-    "shelf-place": "the goal drifts further away at every reset",
-    "disassemble": "the nut starts up to 7 cm out of place from the second episode on",
-    "dial-turn": "the dial is so stiff that the scripted expert never succeeds",
-    "button-press-topdown-wall": "the reward is that of Meta-World 3.0.0, nearly flat",
-}
-"""Tasks that EnvPool 1.2.5 simulates wrongly, and how; measured against the official package 3.1.1."""
+MT25 = (
+    *MT10,
+    "coffee-pull",
+    "pick-out-of-hole",
+    "disassemble",
+    "pick-place-wall",
+    "basketball",
+    "stick-pull",
+    "button-press-wall",
+    "faucet-open",
+    "door-lock",
+    "lever-pull",
+    "sweep-into",
+    "faucet-close",
+    "coffee-button",
+    "button-press-topdown-wall",
+    "dial-turn",
+)
+"""MT10's tasks and fifteen more, in the official order."""
+
+MT50 = ALL_TASKS
+
+_BENCHMARKS = {"MT10": MT10, "MT25": MT25, "MT50": MT50}
 
 
 def parse_tasks(spec: str) -> tuple[str, ...]:
-    """Task names out of a command line's `spec`: "MT10", or names separated by commas, in the order given.
+    """Task names out of a command line's `spec`: "MT10", "MT25" or "MT50" in the official order, "MT1-reach" for one
+    task, or names separated by commas, in the order given.
 
     Case, spaces and a trailing "-v3" of a name do not matter.
     ValueError: no name, an empty, an unknown or a repeated one.
     """
-    if spec.strip().upper() == "MT10":
-        return MT10
-    expected = 'expected "MT10" or task names separated by commas, such as "reach,drawer-close"'
+    benchmark = spec.strip().upper()
+    if benchmark in _BENCHMARKS:
+        return _BENCHMARKS[benchmark]
+    expected = 'expected MT10, MT25, MT50, MT1-<task> or task names separated by commas, such as "reach,drawer-close"'
     if not spec.strip():
         raise ValueError(f"no task named: {expected}")
-    names = tuple(name.strip().lower().removesuffix("-v3") for name in spec.split(","))
+    listed = spec.strip()[len("MT1-") :] if benchmark.startswith("MT1-") else spec
+    names = tuple(name.strip().lower().removesuffix("-v3") for name in listed.split(","))
     check_tasks(names, expected)
+    if listed != spec and len(names) > 1:
+        raise ValueError(f'"MT1-" takes one task, got "{spec}"; {expected}')
     return names
 
 
@@ -121,6 +144,40 @@ def check_tasks(names: Sequence[str], expected: str = "expected names out of ALL
             raise ValueError(f'unknown task "{name}" at position {at + 1}{hint} ({expected})')
         if name in names[:at]:
             raise ValueError(f'task "{name}" is named twice; {expected}')
+
+
+def check_action(action: np.ndarray, tasks: Sequence[str], envs_per_task: int) -> None:
+    """ValueError unless `action` is [T,n,4] float32 and finite."""
+    shape = (len(tasks), envs_per_task, ACTION_SIZE)
+    if not isinstance(action, np.ndarray) or action.shape != shape or action.dtype != np.float32:
+        got = f"{action.dtype} {action.shape}" if isinstance(action, np.ndarray) else type(action).__name__
+        raise ValueError(f"action: expected a numpy array, float32 {shape}, got {got}")
+    if not np.isfinite(action).all():
+        k, i, _ = np.argwhere(~np.isfinite(action))[0]
+        raise ValueError(f"action: not finite for task {tasks[k]}, environment {i}: {action[k, i]}")
+
+
+class CallOrder:
+    """Where environments stand between `reset`, `send`, `recv` and `close`.
+
+    An engine sets `state` to "broken" before it starts what may fail half way, and so it stays if that happens: another
+    `recv` would wait for what never comes.
+    """
+
+    def __init__(self) -> None:
+        self.state = "made"  # then "ready" <-> "stepping", at last "closed"
+
+    def expect(self, call: str, *states: str) -> None:
+        """RuntimeError, saying why `call` cannot be now, unless the state is one of `states`."""
+        if self.state not in states:
+            why = {
+                "made": "call reset() first",
+                "ready": "nothing was sent: call send() first",
+                "stepping": "a step is under way: call recv() first",
+                "broken": "an earlier call failed half way: make the environments anew",
+                "closed": "the environments are closed",
+            }
+            raise RuntimeError(f"{call}(): {why[self.state]}")
 
 
 class Step(NamedTuple):
