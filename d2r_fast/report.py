@@ -67,7 +67,7 @@ def _module_use(title: str, tasks: tuple[str, ...], record: dict) -> Figure:
     labels = [f"{task} ({sum(row):.1f})" for task, row in zip(tasks, use, strict=True)]
     axes.set_yticks(range(len(tasks)), labels)
     axes.set_xticks(range(n_modules))
-    axes.set(title=f"{title}: share of steps in which the actor runs a module", xlabel="module")
+    axes.set(title=f"{title}\nshare of steps in which the actor runs a module", xlabel="module")
     axes.set_ylabel("task (modules a step)")
     for i, row in enumerate(use):
         for j, share in enumerate(row):
