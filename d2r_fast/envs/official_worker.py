@@ -121,7 +121,7 @@ class Env:
         env._partially_observable = False
         # It was made for hidden goals, and its bounds would clip a visible one to zero. The next use makes it anew.
         del env.sawyer_observation_space
-        env._freeze_rand_vec = goals is not None
+        env._freeze_rand_vec = True
         env.seeded_rand_vec = True  # draws from the environment's own stream, not from numpy's global one
         env.seed(seed)
         env.max_path_length = episode_length  # one step more would raise
@@ -131,6 +131,12 @@ class Env:
         if self.goals is not None:
             # The draw of metaworld's RandomTaskSelectWrapper.
             self.env._last_rand_vec = self.goals[self.env.np_random.choice(len(self.goals))]
+        else:
+            # The package's reset places everything twice. Drawing anew each time, as it does when not frozen, leaves
+            # dial-turn and disassemble with the object of the first draw and the goal of the second.
+            self.env._freeze_rand_vec = False
+            self.env.reset_model()
+            self.env._freeze_rand_vec = True
         return self.env.reset()[0]
 
     def step(self, row: int, shared: SimpleNamespace) -> None:
