@@ -13,10 +13,10 @@ ARGS   ?=
 setup: $(STAMP)
 
 # Editable, so that a change to a Python file needs no new install. Build isolation is off because
-# an isolated build environment would download a second torch.
-$(STAMP): setup.py pyproject.toml constraints.txt
+# an isolated build environment would download a second torch; csrc/ is built against the one installed here.
+$(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel -c constraints.txt
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel cmake -c constraints.txt
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]' -c constraints.txt
 	touch $@

@@ -1,8 +1,16 @@
-"""Package metadata. `kernels/` sits at the top of the tree and installs as `d2r_fast.kernels`."""
+"""Package metadata. `kernels/` sits at the top of the tree and installs as `d2r_fast.kernels`; `csrc/` is built by CMake."""
 
+import os
+import shutil
+import subprocess
+import sys
+from importlib import util
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).parent
 
 TRAIN = [
     "cattrs>=24.1",
@@ -17,6 +25,50 @@ TRAIN = [
 ]
 DEV = ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.5", "types-psutil"]
 
+
+
+class BuildCpuLibrary(build_ext):
+    """csrc/ to d2r_fast/_cpu.so. Without CMake, a compiler or torch's headers the package installs all the same, and
+    its backend `cpp` says why it is missing."""
+
+    def run(self) -> None:
+        package = HERE / "d2r_fast" if self.inplace else Path(self.build_lib) / "d2r_fast"
+        try:
+            self.build_library(Path(self.build_temp).absolute() / "csrc", package)
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            output = getattr(error, "stdout", None) or b""
+            print(output.decode(errors="replace")[-4000:], file=sys.stderr)
+            print(f"d2r_fast: built without the C++ backend, the slow reference runs instead: {error}", file=sys.stderr)
+
+    def build_library(self, build: Path, package: Path) -> None:
+        search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        cmake, spec = shutil.which("cmake", path=search), util.find_spec("torch")
+        if cmake is None:
+            raise RuntimeError("no cmake found: pip install cmake, or install it from your system's packages")
+        if spec is None or spec.origin is None:
+            raise RuntimeError("no torch found: install it first, and this package with pip's --no-build-isolation")
+        torch = Path(spec.origin).parent
+        # A cache from another torch or another compiler would keep its paths.
+        shutil.rmtree(build, ignore_errors=True)
+        paths = [f"-DTORCH_INCLUDE={torch / 'include'}", f"-DTORCH_LIBRARIES={torch / 'lib'}"]
+        for command in (
+            [cmake, "-S", str(HERE / "csrc"), "-B", str(build), *paths],
+            [cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)],
+        ):
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        package.mkdir(parents=True, exist_ok=True)
+        # Moved into place whole: a process that has the old library open keeps it.
+        new = package / "_cpu.so.new"
+        shutil.copy(build / "_cpu.so", new)
+        new.replace(package / "_cpu.so")
+
+    def get_outputs(self) -> list[str]:
+        return [] if self.inplace else [str(path) for path in (Path(self.build_lib) / "d2r_fast").glob("_cpu.so")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
 setup(
     name="d2r_fast",
     version="0.1.0",
@@ -29,6 +81,8 @@ setup(
     packages=[*find_packages(include=["d2r_fast", "d2r_fast.*"]), "d2r_fast.kernels"],
     package_dir={"d2r_fast.kernels": "kernels"},
     package_data={"d2r_fast": ["py.typed"]},
+    ext_modules=[Extension("d2r_fast._cpu", sources=[])],
+    cmdclass={"build_ext": BuildCpuLibrary},
     # The network and its operations need only these; everything that trains is in the extra.
     install_requires=["numpy>=1.26", "torch>=2.11"],
     extras_require={"train": TRAIN, "dev": TRAIN + DEV},

@@ -2,7 +2,7 @@
 
 from d2r_fast.config import NetConfig, SacConfig
 from d2r_fast.network import GREEDY, RouteChoice, RoutedNetwork
-from d2r_fast.ops import Routes, count_active, routed_modules, select_routes, unpack_active
+from d2r_fast.ops import Routes, count_active, make_routes, routed_modules, select_routes, unpack_active
 from d2r_fast.policy import Actor, Agent, Critics
 from d2r_fast.published import load_published
 
@@ -18,6 +18,7 @@ __all__ = [
     "SacConfig",
     "count_active",
     "load_published",
+    "make_routes",
     "routed_modules",
     "select_routes",
     "unpack_active",

@@ -18,6 +18,7 @@ from d2r_fast.config import EvalConfig, RunConfig
 from d2r_fast.envs import describe_engines
 from d2r_fast.evaluate import evaluate
 from d2r_fast.metrics import read_metrics
+from d2r_fast.ops.backends import availability
 from d2r_fast.presets import PRESETS, config_from_json, load_config
 from d2r_fast.report import success_table, write_report
 from d2r_fast.trainer import EVAL_COMMAND, Trainer, choose_device, make_agent, stream_seed
@@ -181,11 +182,6 @@ def _presets(args: list[str]) -> int:
     return 0
 
 
-def backends() -> dict[str, str]:
-    """Every backend of the operations: "ready", or why it cannot be used here."""
-    return {"reference": "ready"}
-
-
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -208,6 +204,6 @@ def _info(args: list[str]) -> int:
     else:
         why = "this torch is built without CUDA" if torch.version.cuda is None else "CUDA finds no device"
         print(f"gpu        none: {why}")
-    for name, state in backends().items():
+    for name, state in availability().items():
         print(f"backend    {name}: {state}")
     return 0

@@ -5,6 +5,7 @@ from typing import Literal
 
 from d2r_fast.envs.fidelity_table import EngineChoice, choose_engines
 from d2r_fast.envs.metaworld import Goals, parse_tasks
+from d2r_fast.ops.backends import Backend, Precision
 from d2r_fast.ops.select_routes import MAX_MODULES
 
 
@@ -31,6 +32,10 @@ class NetConfig:
     """Add a module's input to its output."""
     resrouting: bool = True
     """ResRouting: mask gradients into sources that today's routing would hardly pick."""
+    backend: Backend = "auto"
+    """What runs routes and modules: the fastest that can, or one of those that `d2r info` lists."""
+    precision: Precision = "float32"
+    """What operands of the modules' products may be rounded to; weights and sums stay float32."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.n_modules <= MAX_MODULES, f"net.n_modules: expected 1..{MAX_MODULES}, got {self.n_modules}")

@@ -108,7 +108,11 @@ class RoutedNetwork(nn.Module):
         for layer in self.route[:-1]:
             logits = layer(logits).relu()
         logits = self.route[-1](logits)  # [E,B,R]
-        routes = select_routes(logits, self.cfg.top_k, *choice, resrouting=self.cfg.resrouting and self.training)
+        cfg = self.cfg
+        masked = cfg.resrouting and self.training
+        routes = select_routes(logits, cfg.top_k, *choice, resrouting=masked, backend=cfg.backend)
         h0 = self.module0(f.relu()).relu()  # [E,B,D]
-        mixed = routed_modules(h0, self.module_weight, self.module_bias, routes, self.cfg.residual)  # [E,B,D]
+        mixed = routed_modules(
+            h0, self.module_weight, self.module_bias, routes, cfg.residual, cfg.backend, cfg.precision
+        )  # [E,B,D]
         return self.head(mixed), routes

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from d2r_fast import Agent, NetConfig, RouteChoice, RoutedNetwork, SacConfig, load_published
+from d2r_fast.ops.backends import BACKENDS
 from d2r_fast.ops.select_routes import Routes
 from d2r_fast.sac import Batch, Draws, losses, make_optimiser, update
 
 LIMIT = {"float64": 1e-9, "float32": 1e-4}
-BACKENDS = ("reference",)
 Quantity = tuple[str, Tensor, Tensor]  # name, ours, recorded
 
 
 class Vector:
     """One file of recorded vectors; floats arrive in the dtype under test, everything on the device under test."""
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: str):
-        self.path, self.dtype, self.device = path, dtype, device
+    def __init__(self, path: Path, dtype: torch.dtype, device: str, backend: str):
+        self.path, self.dtype, self.device, self.backend = path, dtype, device, backend
         with np.load(path, allow_pickle=False) as archive:
             self.arrays = {name: archive[name] for name in archive.files}
         self.meta = json.loads(str(self.arrays.pop("meta")))
@@ -54,6 +54,7 @@ class Vector:
             route_widths=tuple(m["routing_hidden"]),
             residual=m.get("residual", True),
             resrouting=m.get("resrouting", True),
+            backend=self.backend,
         )
 
 
@@ -199,7 +200,11 @@ CHECKS: Mapping[str, Callable[[Vector], Iterator[Quantity]]] = {"network": check
 
 
 def check_directory(
-    directory: Path, dtype: str, report: Callable[[str], None] = print, device: str = "cpu"
+    directory: Path,
+    dtype: str,
+    report: Callable[[str], None] = print,
+    device: str = "cpu",
+    backend: str = "reference",
 ) -> tuple[int, int, float]:
     """Check every vector of a directory; returns files, quantities and the worst relative error."""
     files = sorted(directory.glob("*.npz"))
@@ -208,7 +213,7 @@ def check_directory(
         check = CHECKS.get(path.name.split("_")[0])
         if check is None:
             raise ValueError(f"{path}: expected a name that starts with {' or '.join(f'{c}_' for c in CHECKS)}")
-        for name, ours, recorded in check(Vector(path, getattr(torch, dtype), device)):
+        for name, ours, recorded in check(Vector(path, getattr(torch, dtype), device, backend)):
             error = relative_error(ours, recorded)
             report(f"{path.name}  {name}  {error:.2e}")
             n_quantities, worst = n_quantities + 1, max(worst, error)
@@ -224,7 +229,7 @@ def main() -> int:
     args = parser.parse_args()
     if not args.directory.is_dir():
         parser.error(f"{args.directory} is not a directory")
-    n_files, n_quantities, worst = check_directory(args.directory, args.dtype, device=args.device)
+    n_files, n_quantities, worst = check_directory(args.directory, args.dtype, device=args.device, backend=args.backend)
     print(f"{n_files} files, {n_quantities} quantities, worst {worst:.2e}")
     return 0 if n_files and worst <= LIMIT[args.dtype] else 1
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from d2r_fast.ops.cpp.library import instruction_sets, use_instruction_set
+
 # Examples are drawn from a fixed seed and kept nowhere: a failure repeats by itself.
 settings.register_profile("d2r_fast", derandomize=True, database=None, deadline=None, max_examples=40)
 settings.load_profile("d2r_fast")
@@ -30,3 +32,19 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def cpp_backends() -> list[str]:
+    """Backend `cpp` once for every instruction set of this processor: "cpp:avx2" and so on."""
+    return [f"cpp:{name}" for name in instruction_sets()]
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend named by the parameter; with an instruction set behind a colon, that one runs meanwhile."""
+    name, _, isa = request.param.partition(":")
+    if isa:
+        use_instruction_set(isa)
+    yield name
+    if isa:
+        use_instruction_set(instruction_sets()[0])

@@ -240,7 +240,10 @@ def test_info():
     told = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
     assert told["torch"] == torch.__version__
     assert told["envpool"][0].isdigit()
-    assert "reference: ready" in told["backend"]
+    states = dict(line.split(maxsplit=2)[1:] for line in outcome.out.splitlines() if line.startswith("backend"))
+    assert states["reference:"] == "ready"
+    assert states["cpp:"].startswith("ready (")
+    assert states["triton:"].startswith("ready" if torch.cuda.is_available() else "needs a CUDA GPU")
     assert ("none" in told["gpu"]) == (not torch.cuda.is_available())
 
 

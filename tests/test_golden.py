@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from check_golden import LIMIT, check_directory, main
+from conftest import cpp_backends
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = GOLDEN / "network_greedy_train.npz"
@@ -28,10 +29,11 @@ def tamper(source: Path, target: Path, name: str, at: tuple[int, ...], value: fl
     np.savez(target, **arrays)
 
 
+@pytest.mark.parametrize("backend", ["reference", *cpp_backends()], indirect=True)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_recorded_vectors(dtype):
+def test_recorded_vectors(dtype, backend):
     lines = []
-    n_files, n_quantities, worst = check_directory(GOLDEN, dtype, lines.append)
+    n_files, n_quantities, worst = check_directory(GOLDEN, dtype, lines.append, backend=backend)
     print(f"{n_files} files, {n_quantities} quantities, worst {worst:.2e}")
     assert LIMIT == {"float64": 1e-9, "float32": 1e-4}
     assert worst <= LIMIT[dtype]

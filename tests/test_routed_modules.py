@@ -5,14 +5,21 @@ layer is detached so that only the residual takes a gradient. A route's layer re
 its residual reads full.
 """
 
+from functools import partial
+
 import pytest
 import torch
-from hypothesis import given
+from conftest import cpp_backends
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d2r_fast import Routes, routed_modules, select_routes, unpack_active
+import d2r_fast
+from d2r_fast import Routes, make_routes, select_routes, unpack_active
+from d2r_fast.ops.cpp.library import has_bf16_products
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+BACKENDS = ["reference", *cpp_backends()]
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 GRADS = ("h0", "weight", "bias", "gate")
 
@@ -52,8 +59,7 @@ def make_case(e, b, n, k, d, flow="random", dtype=torch.float64):
     h0 = torch.randn(e, b, d, dtype=dtype).relu()
     weight = torch.randn(e, n - 1, d, d, dtype=dtype) / d**0.5
     bias = torch.randn(e, n - 1, d, dtype=dtype) * 0.3
-    routes = Routes(index, gate, flow_of[flow].bool() & used, torch.zeros(e, b, dtype=torch.int32))
-    return h0, weight, bias, routes
+    return h0, weight, bias, make_routes(index, gate, flow_of[flow].bool())
 
 
 def run(op, case, cotangent, residual=True, dtype=None, needs=GRADS, retain=False):
@@ -104,17 +110,30 @@ def grid():
     return cases
 
 
+@pytest.fixture
+def routed_modules(backend):
+    """The operation on the backend of the test's parameter."""
+    return partial(d2r_fast.routed_modules, backend=backend)
+
+
+def test_the_cpp_backend_is_built():
+    assert len(BACKENDS) > 1
+
+
+@on_every_backend
 @pytest.mark.parametrize(
     ("e", "b", "n", "k", "d", "residual", "flow"),
     grid(),
     ids=[f"E{c[0]}-B{c[1]}-N{c[2]}-K{c[3]}-D{c[4]}-{'res' if c[5] else 'nores'}-flow_{c[6]}" for c in grid()],
 )
-def test_matches_autograd(e, b, n, k, d, residual, flow):
+def test_matches_autograd(routed_modules, e, b, n, k, d, residual, flow):
     case = make_case(e, b, n, k, d, flow)
     cotangent = torch.randn(e, b, d, dtype=torch.float64)
     assert_close_to(run(routed_modules, case, cotangent, residual), run(autograd_modules, case, cotangent, residual))
 
 
+@on_every_backend
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the backend holds no state
 @given(
     e=st.integers(1, 3),
     b=st.integers(0, 20),
@@ -124,15 +143,16 @@ def test_matches_autograd(e, b, n, k, d, residual, flow):
     residual=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_matches_autograd_at_any_shape(e, b, n, k, d, residual, seed):
+def test_matches_autograd_at_any_shape(routed_modules, e, b, n, k, d, residual, seed):
     torch.manual_seed(seed)
     case = make_case(e, b, n, min(k, n), d)
     cotangent = torch.randn(e, b, d, dtype=torch.float64)
     assert_close_to(run(routed_modules, case, cotangent, residual), run(autograd_modules, case, cotangent, residual))
 
 
+@on_every_backend
 @pytest.mark.parametrize("mode", ["greedy", "sampled"])
-def test_matches_autograd_on_selected_routes(mode):
+def test_matches_autograd_on_selected_routes(routed_modules, mode):
     logits = 2 * torch.randn(2, 63, 136, dtype=torch.float64)
     noise = torch.randn_like(logits) if mode == "sampled" else None
     routes = select_routes(logits, 2, mode, torch.ones(63, dtype=torch.float64) if noise is not None else None, noise)
@@ -146,9 +166,10 @@ def test_matches_autograd_on_selected_routes(mode):
     assert largest(free["weight"] - ours["weight"]) > 1e-3 * largest(ours["weight"])
 
 
+@on_every_backend
 @pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 2), (4, 2), (4, 4)])
-def test_gradcheck_where_every_gradient_flows(n, k, residual):
+def test_gradcheck_where_every_gradient_flows(routed_modules, n, k, residual):
     h0, weight, bias, routes = make_case(2, 3, n, k, 3, "all")
     flow = torch.ones_like(routes.flow)
     used = routes.gate.detach() != 0
@@ -162,8 +183,9 @@ def test_gradcheck_where_every_gradient_flows(n, k, residual):
     assert torch.autograd.gradcheck(op, leaves)
 
 
+@on_every_backend
 @pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
-def test_modules_that_no_row_reaches_get_exactly_no_gradient(residual):
+def test_modules_that_no_row_reaches_get_exactly_no_gradient(routed_modules, residual):
     n, d = 16, 16
     seen = set()
     for _ in range(20):
@@ -180,8 +202,9 @@ def test_modules_that_no_row_reaches_get_exactly_no_gradient(residual):
     assert len(seen) > 3
 
 
+@on_every_backend
 @pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
-def test_no_row_depends_on_another(residual):
+def test_no_row_depends_on_another(routed_modules, residual):
     case = make_case(2, 63, 16, 2, 33)
     h0, weight, bias, routes = case
     cotangent = torch.randn(2, 63, 33, dtype=torch.float64)
@@ -201,7 +224,8 @@ def test_no_row_depends_on_another(residual):
         assert not torch.equal(before[name][:, 17], after[name][:, 17]), name
 
 
-def test_no_network_depends_on_another():
+@on_every_backend
+def test_no_network_depends_on_another(routed_modules):
     case, other = make_case(2, 30, 5, 2, 16), make_case(2, 30, 5, 2, 16)
     cotangent = torch.randn(2, 30, 16, dtype=torch.float64)
 
@@ -216,7 +240,8 @@ def test_no_network_depends_on_another():
         assert not torch.equal(value[1], after[name][1]), name
 
 
-def test_second_backward_and_second_run_are_identical():
+@on_every_backend
+def test_second_backward_and_second_run_are_identical(routed_modules):
     h0, weight, bias, routes = make_case(2, 63, 16, 3, 33)
     leaves = [v.requires_grad_() for v in (h0, weight, bias, routes.gate)]
     cotangent = torch.randn(2, 63, 33, dtype=torch.float64)
@@ -232,7 +257,8 @@ def test_second_backward_and_second_run_are_identical():
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_inputs_stay_as_they_are():
+@on_every_backend
+def test_inputs_stay_as_they_are(routed_modules):
     h0, weight, bias, routes = make_case(2, 63, 5, 2, 16)
     inputs = [h0, weight, bias, *routes]
     before = [v.clone() for v in inputs]
@@ -248,10 +274,11 @@ def test_inputs_stay_as_they_are():
     assert not storages & {v.untyped_storage().data_ptr() for v in grads}
 
 
+@on_every_backend
 @pytest.mark.parametrize(
     "needs", [("gate",), ("h0",), ("weight",), ("bias",), ("h0", "gate"), ("weight", "bias")], ids="+".join
 )
-def test_gradients_of_some_inputs_only(needs):
+def test_gradients_of_some_inputs_only(routed_modules, needs):
     case = make_case(2, 30, 5, 2, 16)
     cotangent = torch.randn(2, 30, 16, dtype=torch.float64)
     everything, some = run(routed_modules, case, cotangent), run(routed_modules, case, cotangent, needs=needs)
@@ -259,7 +286,8 @@ def test_gradients_of_some_inputs_only(needs):
     assert all(torch.equal(value, everything[name]) for name, value in some.items())
 
 
-def test_without_gradients():
+@on_every_backend
+def test_without_gradients(routed_modules):
     h0, weight, bias, routes = make_case(2, 30, 5, 2, 16)
     plain = routed_modules(h0, weight, bias, routes)
     assert not plain.requires_grad
@@ -269,7 +297,8 @@ def test_without_gradients():
     assert routed_modules(h0, weight, bias, routes).requires_grad
 
 
-def test_noncontiguous_inputs():
+@on_every_backend
+def test_noncontiguous_inputs(routed_modules):
     case = make_case(2, 30, 5, 2, 16)
     h0, weight, bias, routes = case
     strided = (
@@ -283,25 +312,63 @@ def test_noncontiguous_inputs():
     assert_close_to(run(routed_modules, strided, cotangent), run(autograd_modules, case, cotangent))
 
 
-@pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize(
+ACCURACY_SIZES = pytest.mark.parametrize(
     ("e", "b", "n", "k", "d"),
-    [(1, 1, 5, 2, 8), (2, 63, 16, 2, 33), (1, 300, 5, 5, 100)],
-    ids=["E1-B1-N5-K2-D8", "E2-B63-N16-K2-D33", "E1-B300-N5-K5-D100"],
+    [(1, 1, 5, 2, 8), (2, 63, 16, 2, 33), (1, 300, 5, 5, 100), (2, 130, 16, 2, 128), (1, 70, 4, 2, 256)],
+    ids=lambda v: str(v),
 )
-def test_is_as_accurate_as_autograd(e, b, n, k, d, dtype, residual):
-    h0, weight, bias, routes = make_case(e, b, n, k, d)
-    if dtype == torch.bfloat16:  # Far from every kink: one ReLU on the other side would outweigh all rounding.
-        weight, bias = weight * 0.1, torch.where(bias > 0, 8.0, -8.0).double()
-    # Inputs that the dtype holds exactly, so that what is measured is the arithmetic.
-    case = (*(v.to(dtype).double() for v in (h0, weight, bias)), routes._replace(gate=routes.gate.to(dtype).double()))
-    assert_as_accurate(routed_modules, autograd_modules, case, dtype, residual)
+
+
+def far_from_every_kink(case):
+    """In bf16 one ReLU on the other side would outweigh all rounding."""
+    h0, weight, bias, routes = case
+    return h0, weight * 0.1, torch.where(bias > 0, 8.0, -8.0).double(), routes
+
+
+def held_exactly_by(dtype, case):
+    """Inputs without a rounding error of their own, so that what is measured is the arithmetic."""
+    *tensors, routes = case
+    return *(v.to(dtype).double() for v in tensors), routes._replace(gate=routes.gate.to(dtype).double())
+
+
+@on_every_backend
+@pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
+@ACCURACY_SIZES
+def test_float32_is_as_accurate_as_autograd(routed_modules, e, b, n, k, d, residual):
+    case = held_exactly_by(torch.float32, make_case(e, b, n, k, d))
+    assert_as_accurate(routed_modules, autograd_modules, case, torch.float32, residual)
+
+
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+@pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
+@ACCURACY_SIZES
+def test_bf16_tensors_are_as_accurate_as_autograd(routed_modules, e, b, n, k, d, residual):
+    case = held_exactly_by(torch.bfloat16, far_from_every_kink(make_case(e, b, n, k, d)))
+    assert_as_accurate(routed_modules, autograd_modules, case, torch.bfloat16, residual)
+
+
+@pytest.mark.skipif(not has_bf16_products(), reason="this processor has no AVX512-BF16")
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
+@ACCURACY_SIZES
+def test_bf16_products_lose_less_than_bf16_tensors(routed_modules, e, b, n, k, d, residual):
+    case = held_exactly_by(torch.bfloat16, far_from_every_kink(make_case(e, b, n, k, d)))
+    cotangent = torch.randn(e, b, d, dtype=torch.float64)
+    truth = run(autograd_modules, case, cotangent, residual)
+    theirs = run(autograd_modules, case, cotangent, residual, torch.bfloat16)
+    ours = run(partial(routed_modules, precision="bf16"), case, cotangent, residual, torch.float32)
+    exact = run(routed_modules, case, cotangent, residual, torch.float32)
+    for name, value in truth.items():
+        assert ours[name].dtype == torch.float32
+        error, allowed = largest(ours[name].double() - value), largest(theirs[name].double() - value)
+        assert error <= allowed + 2 * torch.finfo(torch.bfloat16).eps * largest(value), name
+    assert not torch.equal(ours["weight"], exact["weight"])  # they really were bf16 products
 
 
 E, B, N, K, D = 2, 4, 5, 2, 8
 
 
+@on_every_backend
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -324,9 +391,14 @@ E, B, N, K, D = 2, 4, 5, 2, 8
         ({"flow": torch.zeros(E, B, N, K, dtype=torch.uint8)}, r"routes.flow: expected torch.bool, got torch.uint8"),
         ({"flow": torch.zeros(E, B, N, K, dtype=torch.bool, device="meta")}, r"routes.flow: .* cpu .* got meta"),
         ({"index": torch.zeros(E, B, N, K, dtype=torch.int32, device="meta")}, r"routes.index: .* cpu .* got meta"),
+        (
+            {"active": torch.zeros(E, B, 1, dtype=torch.int32)},
+            r"routes.active: expected shape \[2, 4\], got \[2, 4, 1\]",
+        ),
+        ({"active": torch.zeros(E, B, dtype=torch.int64)}, r"routes.active: expected torch.int32, got torch.int64"),
     ],
 )
-def test_value_errors(changes, message):
+def test_value_errors(routed_modules, changes, message):
     h0, weight, bias, routes = make_case(E, B, N, K, D, dtype=torch.float32)
     inputs = {"h0": h0, "weight": weight, "bias": bias} | routes._asdict() | changes
     routes = Routes(*(inputs[name] for name in Routes._fields))

@@ -1,11 +1,14 @@
 """Choosing routes against a slow oracle: one row, one route, one source at a time, in Python numbers."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from conftest import cpp_backends
 
-from d2r_fast import count_active, select_routes, unpack_active
+import d2r_fast
+from d2r_fast import count_active, unpack_active
 from d2r_fast.network import gumbel
 from d2r_fast.ops.select_routes import MAX_MODULES, modules_for
 
@@ -23,6 +26,15 @@ SHAPES = [
 ]
 shapes = pytest.mark.parametrize(("e", "b", "n", "k"), SHAPES, ids=["E{}-B{}-N{}-K{}".format(*s) for s in SHAPES])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+
+
+on_every_backend = pytest.mark.parametrize("backend", ["reference", *cpp_backends()], indirect=True)
+
+
+@pytest.fixture
+def select_routes(backend):
+    """The operation on the backend of the test's parameter."""
+    return partial(d2r_fast.select_routes, backend=backend)
 
 
 def n_logits(n):
@@ -96,16 +108,18 @@ def assert_routes(routes, logits, k, chooser):
             assert bits(active[e][b]) == slow_active([set(route) for route in expected])
 
 
+@on_every_backend
 @shapes
 @dtypes
-def test_greedy_matches_the_oracle(e, b, n, k, dtype):
+def test_greedy_matches_the_oracle(select_routes, e, b, n, k, dtype):
     logits = random_logits(e, b, n, dtype)
     assert_routes(select_routes(logits, k), logits, k, lambda *row: largest(k))
 
 
+@on_every_backend
 @shapes
 @dtypes
-def test_sampled_matches_the_oracle(e, b, n, k, dtype):
+def test_sampled_matches_the_oracle(select_routes, e, b, n, k, dtype):
     logits, temperature = random_logits(e, b, n, dtype), torch.rand(b, dtype=dtype) * 3 + 0.1
     noise = gumbel(tuple(logits.shape), logits)
 
@@ -121,9 +135,10 @@ def test_sampled_matches_the_oracle(e, b, n, k, dtype):
     assert_routes(select_routes(logits, k, "sampled", temperature, noise), logits, k, chooser)
 
 
+@on_every_backend
 @shapes
 @pytest.mark.parametrize("index_dtype", [torch.uint8, torch.int32, torch.int64], ids=["u8", "i32", "i64"])
-def test_given_matches_the_oracle_and_keeps_the_order(e, b, n, k, index_dtype):
+def test_given_matches_the_oracle_and_keeps_the_order(select_routes, e, b, n, k, index_dtype):
     logits, index = random_logits(e, b, n), random_index(e, b, n, k).to(index_dtype)
     routes = select_routes(logits, k, "given", index=index)
     assert_routes(routes, logits, k, lambda net, row: lambda i, group: index[net, row, i - 1, : min(k, i)].tolist())
@@ -131,7 +146,8 @@ def test_given_matches_the_oracle_and_keeps_the_order(e, b, n, k, index_dtype):
     assert torch.equal(routes.index, torch.where(used, index, 0).int())
 
 
-def test_all_sources_is_a_dense_softmax():
+@on_every_backend
+def test_all_sources_is_a_dense_softmax(select_routes):
     n = 5
     logits = random_logits(2, 7, n)
     routes = select_routes(logits, n)
@@ -149,9 +165,10 @@ def route_of(*shares):
     return torch.cat([level, torch.tensor(shares, dtype=torch.float64).log()])[None, None]
 
 
+@on_every_backend
 @pytest.mark.parametrize("shift", [-30.0, 0.0, 30.0])
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
-def test_dev3_flow_threshold_is_one_over_i_plus_1_without_the_temperature(temperature, shift):
+def test_dev3_flow_threshold_is_one_over_i_plus_1_without_the_temperature(select_routes, temperature, shift):
     # i = 4: the threshold is 0.2, not 0.25; 0.22 passes and 0.19 does not.
     logits = route_of(0.4, 0.22, 0.19, 0.19) + shift
     index = random_index(1, 1, 4, 2)
@@ -165,14 +182,16 @@ def test_dev3_flow_threshold_is_one_over_i_plus_1_without_the_temperature(temper
     assert not routes.flow[0, 0, 3].any()
 
 
-def test_dev3_level_routes_let_every_gradient_flow():
+@on_every_backend
+def test_dev3_level_routes_let_every_gradient_flow(select_routes):
     logits = torch.zeros(1, 1, n_logits(16))
     routes = select_routes(logits, 2)
     used = torch.arange(2) < torch.arange(1, 17)[:, None]
     assert torch.equal(routes.flow[0, 0], used)  # a share of 1/i is more than 1/(i+1)
 
 
-def test_without_resrouting_flow_is_true_in_every_used_slot():
+@on_every_backend
+def test_without_resrouting_flow_is_true_in_every_used_slot(select_routes):
     logits = random_logits(2, 63, 16)
     masked, free = select_routes(logits, 2), select_routes(logits, 2, resrouting=False)
     used = torch.arange(2) < torch.arange(1, 17)[:, None]
@@ -204,9 +223,10 @@ def chi_square(counts, shares):
     return ((counts - expected).square() / expected)[cells].sum().item()
 
 
+@on_every_backend
 @dtypes
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 5.0])
-def test_dev4_sampled_routes_are_softmax_draws_without_replacement(temperature, dtype):
+def test_dev4_sampled_routes_are_softmax_draws_without_replacement(select_routes, temperature, dtype):
     n, rows = 4, 40_000
     logits = torch.tensor([0.0, 0.3, -0.5, 0.2, 0.0, 1.0, 0.8, -0.4, 0.0, 0.5], dtype=dtype).expand(1, rows, -1)
     generator = torch.Generator().manual_seed(5)
@@ -220,8 +240,9 @@ def test_dev4_sampled_routes_are_softmax_draws_without_replacement(temperature, 
     assert chi_square(counts, pair_shares(torch.full((n,), 0.25))) > 50
 
 
+@on_every_backend
 @dtypes
-def test_dev4_extreme_temperatures(dtype):
+def test_dev4_extreme_temperatures(select_routes, dtype):
     n, rows = 4, 20_000
     logits = 3 * torch.randn(1, 1, n_logits(n), dtype=dtype).expand(1, rows, -1)
     generator = torch.Generator().manual_seed(6)
@@ -236,7 +257,8 @@ def test_dev4_extreme_temperatures(dtype):
         torch.testing.assert_close(routes.gate.sum(-1), torch.ones(1, rows, n, dtype=dtype), rtol=1e-6, atol=0)
 
 
-def test_each_row_has_its_own_temperature():
+@on_every_backend
+def test_each_row_has_its_own_temperature(select_routes):
     logits, noise = random_logits(2, 40, 5), gumbel((2, 40, 15), torch.zeros((), dtype=torch.float64))
     temperature = torch.where(torch.arange(40) % 2 == 0, 1e-30, 1e30).double()
     index = select_routes(logits, 2, "sampled", temperature, noise).index
@@ -246,8 +268,9 @@ def test_each_row_has_its_own_temperature():
     assert not torch.equal(cold, hot)
 
 
+@on_every_backend
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 1), (5, 1), (5, 3), (16, 2), (31, 2), (32, 1), (32, 2), (32, 5)])
-def test_active_bits_match_a_walk_from_the_head(n, k):
+def test_active_bits_match_a_walk_from_the_head(select_routes, n, k):
     index = random_index(2, 40, n, k)
     routes = select_routes(random_logits(2, 40, n), k, "given", index=index)
     mask, count = unpack_active(routes.active, n), count_active(routes.active, n)
@@ -260,7 +283,8 @@ def test_active_bits_match_a_walk_from_the_head(n, k):
             assert count[e, b] == len(reached)
 
 
-def test_random_routes_reach_7_37_of_16_modules():
+@on_every_backend
+def test_random_routes_reach_7_37_of_16_modules(select_routes):
     routes = select_routes(random_logits(1, 20_000, 16, torch.float32), 2)
     mask = unpack_active(routes.active, 16)[0].double().mean(0)
     assert mask[0] == mask[1] == 1
@@ -268,8 +292,9 @@ def test_random_routes_reach_7_37_of_16_modules():
     assert abs(count_active(routes.active, 16).double().mean().item() - 7.37) < 0.1
 
 
+@on_every_backend
 @pytest.mark.parametrize("mode", ["greedy", "sampled", "given"])
-def test_gradient_reaches_the_chosen_logits_only(mode):
+def test_gradient_reaches_the_chosen_logits_only(select_routes, mode):
     e, b, n, k = 2, 7, 5, 2
     logits = random_logits(e, b, n).requires_grad_()
     extra = {
@@ -297,8 +322,9 @@ def test_gradient_reaches_the_chosen_logits_only(mode):
     assert [v.requires_grad for v in routes] == [False, True, False, False]
 
 
+@on_every_backend
 @pytest.mark.parametrize("mode", ["greedy", "sampled", "given"])
-def test_inputs_stay_as_they_are_and_a_second_call_is_identical(mode):
+def test_inputs_stay_as_they_are_and_a_second_call_is_identical(select_routes, mode):
     logits, temperature = random_logits(2, 7, 5), torch.rand(7, dtype=torch.float64) + 0.5
     extra = {
         "greedy": {},
@@ -315,7 +341,8 @@ def test_inputs_stay_as_they_are_and_a_second_call_is_identical(mode):
     assert not storages & {v.untyped_storage().data_ptr() for v in first}
 
 
-def test_noncontiguous_logits():
+@on_every_backend
+def test_noncontiguous_logits(select_routes):
     wide = random_logits(2, 7, 6)
     logits = wide[:, ::2, :15]
     assert not logits.is_contiguous()
@@ -332,6 +359,7 @@ LOGITS, TEMPERATURE, NOISE = torch.zeros(E, B, R), torch.ones(B), torch.zeros(E,
 INDEX = torch.zeros(E, B, N, K, dtype=torch.int32)
 
 
+@on_every_backend
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -369,6 +397,43 @@ INDEX = torch.zeros(E, B, N, K, dtype=torch.int32)
         ({"mode": "given", "index": INDEX, "noise": NOISE}, r"noise: not used by mode 'given'"),
     ],
 )
-def test_value_errors(changes, message):
+def test_value_errors(select_routes, changes, message):
     with pytest.raises(ValueError, match=message):
         select_routes(**{"logits": LOGITS, "k": K} | changes)
+
+
+def test_make_routes_of_a_dense_graph_is_a_weighted_sum_of_all_sources():
+    n, width = 5, 8
+    index = torch.arange(n).expand(2, 7, n, n)
+    weight = torch.rand(2, 7, n, n, dtype=torch.float64)
+    routes = d2r_fast.make_routes(index, weight)
+    lower = torch.ones(n, n).tril().bool()
+    assert torch.equal(routes.gate, torch.where(lower, weight, 0)) and torch.equal(routes.flow[0, 0], lower)
+    assert unpack_active(routes.active, n).all()
+    h = [torch.rand(2, 7, width, dtype=torch.float64)]
+    matrix, bias = torch.randn(2, n - 1, width, width).double(), torch.randn(2, n - 1, width).double()
+    for i in range(1, n + 1):
+        x = sum(weight[:, :, i - 1, s, None] * h[s] for s in range(i))
+        if i < n:
+            h.append((x @ matrix[:, i - 1].mT + bias[:, i - 1, None]).relu() + x)
+    torch.testing.assert_close(d2r_fast.routed_modules(h[0], matrix, bias, routes), x, rtol=1e-12, atol=1e-12)
+
+
+def test_make_routes_agrees_with_selected_ones():
+    selected = d2r_fast.select_routes(random_logits(2, 40, 16), 2)
+    made = d2r_fast.make_routes(selected.index, selected.gate, selected.flow)
+    assert all(torch.equal(a, b) for a, b in zip(made, selected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("index", "gate", "message"),
+    [
+        (INDEX[0], NOISE, r"index: expected an integer tensor \[E,B,N,K\], K <= N <= 32, got torch.int32 \[4, 5, 2\]"),
+        (INDEX.float(), NOISE, r"index: expected an integer tensor .* got torch.float32"),
+        (INDEX[:, :, :1], NOISE, r"index: .* K <= N .* got torch.int32 \[2, 4, 1, 2\]"),
+        (INDEX, NOISE, r"gate: expected shape \[2, 4, 5, 2\] like index, got \[2, 4, 15\]"),
+    ],
+)
+def test_make_routes_value_errors(index, gate, message):
+    with pytest.raises(ValueError, match=message):
+        d2r_fast.make_routes(index, gate)

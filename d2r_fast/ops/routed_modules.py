@@ -1,116 +1,154 @@
-"""All N modules as one operation with its own backward (algorithm: "network" and "ResRouting").
-
-The backward needs two adjoints a module, because ResRouting lets a gradient pass a source's residual but not its
-ReLU layer; plain autograd knows only one gradient a tensor.
-"""
+"""All N modules as one operation with its own backward (algorithm: "network", "dynamic depth" and "ResRouting")."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from d2r_fast.ops.backends import Backend, Precision, check_precision, choose_backend, kernels
+from d2r_fast.ops.reference.routed_modules import ReferenceModules
 from d2r_fast.ops.select_routes import Routes
 
 
-def routed_modules(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes, residual: bool = True) -> Tensor:
+def routed_modules(
+    h0: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    routes: Routes,
+    residual: bool = True,
+    backend: Backend = "auto",
+    precision: Precision = "float32",
+) -> Tensor:
     """Run modules 1..N-1 on top of module 0's output and mix what route N picked:
 
         x_i = sum_k gate_ik h_{index_ik};   h_i = ReLU(W_i x_i + b_i) + x_i;   returns x_N
 
-    h0     [E,B,D] float     module 0's output, h_0 = ReLU(z_0). Its gradient is A_0: what may enter the ReLU layer.
-    weight [E,N-1,D,D]       W_i at [:, i-1], applied as W_i x (out, in); dtype and device of h0
-    bias   [E,N-1,D]         b_i at [:, i-1]
-    routes index, gate, flow [E,B,N,K] as `select_routes` returns them; gate may be any weights in h0's dtype
-    residual                 False: h_i = ReLU(W_i x_i + b_i)
+    h0        [E,B,D] float     module 0's output, h_0 = ReLU(z_0). Its gradient is A_0: what may enter the ReLU layer.
+    weight    [E,N-1,D,D]       W_i at [:, i-1], applied as W_i x (out, in); dtype and device of h0
+    bias      [E,N-1,D]         b_i at [:, i-1]
+    routes    index, gate, flow [E,B,N,K], active [E,B] as `select_routes` or `make_routes` return them; gate may be any
+              weights in h0's dtype; a module whose active bit is off is not computed
+    residual  False: h_i = ReLU(W_i x_i + b_i)
+    backend   "auto": the fastest that can run here; see `d2r_fast.ops.backends`
+    precision what operands of the modules' products may be rounded to; sums are float32. A backend that has no such
+              product rounds less.
 
-    Returns [E,B,D]. Differentiable once, in h0, weight, bias and routes.gate.
-    ValueError: shapes, dtypes or devices disagree. An out-of-range index is undefined behaviour.
+    Returns [E,B,D]. Differentiable once, in h0, weight, bias and routes.gate. Under autocast it runs in weight's dtype.
+    ValueError: shapes, dtypes or devices disagree, or the backend cannot run. An out-of-range index is undefined
+    behaviour.
     """
+    if torch.is_autocast_enabled(h0.device.type):
+        h0, routes = h0.to(weight.dtype), routes._replace(gate=routes.gate.to(weight.dtype))
     _check(h0, weight, bias, routes)
-    return _RoutedModules.apply(h0, weight, bias, routes.gate, routes.index, routes.flow, residual)
+    check_precision(precision)
+    chosen = choose_backend(backend, h0, h0.shape[2])
+    if chosen == "reference":
+        return ReferenceModules.apply(h0, weight, bias, routes.gate, routes.index, routes.flow, residual)
+    keep = torch.is_grad_enabled() and any(v.requires_grad for v in (h0, weight, bias, routes.gate))
+    index = routes.index.to(torch.int32)
+    return _forward(
+        h0, weight, bias, index, routes.gate, routes.flow, routes.active, residual, precision, keep, chosen
+    )[0]
 
 
-class _RoutedModules(torch.autograd.Function):
-    """Buffers are module-major, [N,E*B,D], so that a module's rows are one matrix and a source is one row of it.
-    A row keeps each source at most once a route, so one `index_add_` never meets a target twice: no order to fix."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, h0: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, index: Tensor, flow: Tensor, residual: bool
-    ) -> Tensor:
-        n_nets, rows, width = h0.shape
-        n_modules, n_kept = index.shape[2:]
-        at = _buffer_rows(index)  # [N,K,E*B]
-        gate_of = _per_slot(gate)  # [N,K,E*B,1]
-        h = h0.new_empty(n_modules, n_nets * rows, width)
-        x = h0.new_empty(n_modules, n_nets * rows, width)  # x[i-1] is x_i
-        open_relu = torch.empty_like(x, dtype=torch.bool)  # z_i > 0 at [i-1]; the head's slot stays unused
-        every_row = h.view(-1, width)
-        h[0] = h0.flatten(0, 1)
-        for i in range(1, n_modules + 1):
-            kept, x_i = min(n_kept, i), x[i - 1]
-            picked = every_row.index_select(0, at[i - 1, :kept].flatten()).view(kept, -1, width)  # [k,E*B,D]
-            torch.sum(gate_of[i - 1, :kept] * picked, 0, out=x_i)
-            if i < n_modules:
-                z = torch.baddbmm(bias[:, i - 1, None], x_i.view(n_nets, rows, width), weight[:, i - 1].mT)
-                z = z.flatten(0, 1)
-                torch.gt(z, 0, out=open_relu[i - 1])
-                torch.clamp_min(z, 0, out=h[i])
-                if residual:
-                    h[i] += x_i
-        ctx.save_for_backward(weight, at, gate_of, flow, h, x, open_relu)
-        ctx.residual = residual
-        return x[n_modules - 1].view(n_nets, rows, width).clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_mixed: Tensor) -> tuple[Tensor | None, ...]:
-        weight, at, gate_of, flow, h, x, open_relu = ctx.saved_tensors
-        n_modules, n_kept = at.shape[:2]
-        n_nets, rows, width = d_mixed.shape
-        flow_of = _per_slot(flow.to(h.dtype))  # [N,K,E*B,1]
-        every_row = h.view(-1, width)
-        to_relu = torch.zeros_like(every_row)  # A: reaches a module's ReLU layer
-        to_residual = torch.zeros_like(every_row)  # S: reaches a module's residual
-        d_gate = h.new_zeros(n_modules, n_kept, n_nets * rows)
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        d_bias = weight.new_empty(n_nets, n_modules - 1, width) if ctx.needs_input_grad[2] else None
-
-        def push(i: int, d_main: Tensor, d_res: Tensor | None) -> None:
-            kept = min(n_kept, i)
-            source, g, m = at[i - 1, :kept].flatten(), gate_of[i - 1, :kept], flow_of[i - 1, :kept]
-            d_all = d_main if d_res is None else d_main + d_res
-            d_relu = d_main * m if d_res is None else torch.addcmul(d_res, d_main, m)  # [k,E*B,D]
-            to_relu.index_add_(0, source, (g * d_relu).flatten(0, 1))
-            to_residual.index_add_(0, source, (g * d_all).flatten(0, 1))
-            picked = every_row.index_select(0, source).view(kept, -1, width)
-            torch.sum(d_all * picked, -1, out=d_gate[i - 1, :kept])
-
-        push(n_modules, d_mixed.flatten(0, 1), None)
-        adjoint_relu, adjoint_residual = to_relu.view_as(h), to_residual.view_as(h)
-        for i in range(n_modules - 1, 0, -1):
-            d_z = (adjoint_relu[i] * open_relu[i - 1]).view(n_nets, rows, width)
-            x_i = x[i - 1].view(n_nets, rows, width)
-            if d_weight is not None:
-                torch.bmm(d_z.mT, x_i, out=d_weight[:, i - 1])
-            if d_bias is not None:
-                torch.sum(d_z, 1, out=d_bias[:, i - 1])
-            push(i, torch.bmm(d_z, weight[:, i - 1]).flatten(0, 1), adjoint_residual[i] if ctx.residual else None)
-        d_h0 = adjoint_relu[0].view(n_nets, rows, width)
-        return d_h0, d_weight, d_bias, d_gate.permute(2, 0, 1).view(n_nets, rows, n_modules, n_kept), None, None, None
+@torch.library.custom_op("d2r_fast::routed_modules", mutates_args=())
+def _forward(
+    h0: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    flow: Tensor,
+    active: Tensor,
+    residual: bool,
+    precision: str,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mixed [E,B,D]; for backward, if `keep`, h [E,N,B,D] and opened [E,N,B,D] bool (z > 0): module by module, so that
+    a module's rows are one matrix. Rows of modules that are not active hold anything. `flow` matters to backward only.
+    """
+    return kernels(backend, "routed_modules").forward(h0, weight, bias, index, gate, active, residual, precision, keep)
 
 
-def _per_slot(value: Tensor) -> Tensor:
-    """[E,B,N,K] -> [N,K,E*B,1], contiguous: one column a slot, to scale the rows of a module-major buffer."""
-    return value.flatten(0, 1).permute(1, 2, 0).contiguous().unsqueeze(-1)
+@_forward.register_fake
+def _(
+    h0: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    flow: Tensor,
+    active: Tensor,
+    residual: bool,
+    precision: str,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (h0.shape[0], index.shape[2], *h0.shape[1:]) if keep else (0,)
+    return h0.new_empty(h0.shape), h0.new_empty(shape), h0.new_empty(shape, dtype=torch.bool)
 
 
-def _buffer_rows(index: Tensor) -> Tensor:
-    """Source indices [E,B,N,K] -> rows of the module-major buffer [N,K,E*B]: source * E*B + row."""
-    source = _per_slot(index.long()).squeeze(-1)
-    n_rows = source.shape[2]
-    return source * n_rows + torch.arange(n_rows, device=index.device)
+@torch.library.custom_op("d2r_fast::routed_modules_backward", mutates_args=())
+def _backward(
+    d_mixed: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    opened: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    flow: Tensor,
+    active: Tensor,
+    residual: bool,
+    precision: str,
+    to_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_h0, d_weight, d_bias (both empty unless `to_weight`), d_gate."""
+    run = kernels(backend, "routed_modules").backward
+    return run(d_mixed, weight, h, opened, index, gate, flow, active, residual, precision, to_weight)
+
+
+@_backward.register_fake
+def _(
+    d_mixed: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    opened: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    flow: Tensor,
+    active: Tensor,
+    residual: bool,
+    precision: str,
+    to_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_weight = weight.new_empty(weight.shape if to_weight else 0)
+    d_bias = weight.new_empty(weight.shape[:3] if to_weight else 0)
+    return d_mixed.new_empty(d_mixed.shape), d_weight, d_bias, gate.new_empty(gate.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight, _, index, gate, flow, active, ctx.residual, ctx.precision, _, ctx.backend = inputs
+    _, h, opened = output
+    ctx.mark_non_differentiable(h, opened)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, h, opened, index, gate, flow, active)
+
+
+def _differentiate(ctx: Any, d_mixed: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if d_mixed is None:
+        return (None,) * 11
+    to_weight = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    d_h0, d_weight, d_bias, d_gate = _backward(
+        d_mixed, *ctx.saved_tensors, ctx.residual, ctx.precision, to_weight, ctx.backend
+    )
+    to_weights = (d_weight, d_bias) if to_weight else (None, None)
+    return d_h0, *to_weights, None, d_gate, None, None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 def _check(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes) -> None:
@@ -129,6 +167,7 @@ def _check(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes) -> None:
         ("bias", bias, [n_nets, n_modules - 1, width], h0.dtype),
         ("routes.gate", routes.gate, list(routes.index.shape), h0.dtype),
         ("routes.flow", routes.flow, list(routes.index.shape), torch.bool),
+        ("routes.active", routes.active, [n_nets, rows], torch.int32),
     ):
         if list(value.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")

@@ -1,10 +1,12 @@
 """Choosing sources: packed routing logits -> `Routes` (algorithm: dynamic depth routing, "choosing sources")."""
 
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from d2r_fast.ops.backends import Backend, choose_backend, kernels
+from d2r_fast.ops.reference import select_routes as reference
 
 MAX_MODULES = 32  # a row's active modules are the bits of one int32
 RouteMode = Literal["greedy", "sampled", "given"]
@@ -25,19 +27,6 @@ class Routes(NamedTuple):
     active: Tensor
 
 
-@lru_cache(maxsize=32)
-def _tables(n_modules: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Constants of N: where route i's logits start in the packed row; the packed position of (route, source), or R
-    (one past the end) where the source does not exist; how many sources each route has; bit value of each module."""
-    route = torch.arange(1, n_modules + 1)
-    offset = route * (route - 1) // 2  # [N]
-    source = torch.arange(n_modules)
-    n_logits = n_modules * (n_modules + 1) // 2
-    position = torch.where(source < route[:, None], offset[:, None] + source, n_logits)  # [N,N]
-    bit = torch.ones(n_modules, dtype=torch.int64).bitwise_left_shift(source).to(torch.int32)
-    return offset.to(device), position.flatten().to(device), route.to(device), bit.to(device)
-
-
 def modules_for(n_logits: int) -> int:
     """N such that N(N+1)/2 == n_logits. ValueError where there is none, or N is over 32."""
     n_modules = int(((8 * n_logits + 1) ** 0.5 - 1) / 2)
@@ -48,22 +37,6 @@ def modules_for(n_logits: int) -> int:
     return n_modules
 
 
-def _softmax(x: Tensor) -> Tensor:
-    """Softmax over the last axis, which is short here: torch's CPU kernel vectorises along it only if it is another."""
-    return x.movedim(-1, 0).softmax(0).movedim(0, -1).contiguous()
-
-
-def _active_bits(index: Tensor, used: Tensor, bit: Tensor) -> Tensor:
-    """Modules reachable from the head, [E,B] int32: walk back from route N; a reached module brings its own route."""
-    picked = torch.where(used, bit[index], 0).sum(-1, dtype=torch.int32)  # [E,B,N]: distinct bits, so the sum is an or
-    n_modules = index.shape[2]
-    active = picked[:, :, n_modules - 1].clone()
-    for module in range(n_modules - 1, 0, -1):
-        reached = active.bitwise_right_shift(module).bitwise_and(1)
-        active |= picked[:, :, module - 1] * reached
-    return active
-
-
 def select_routes(
     logits: Tensor,
     k: int,
@@ -72,6 +45,7 @@ def select_routes(
     noise: Tensor | None = None,
     index: Tensor | None = None,
     resrouting: bool = True,
+    backend: Backend = "auto",
 ) -> Routes:
     """Choose min(k, i) of the i sources of every route i, and weight them by softmax over the chosen *unscaled* logits.
 
@@ -83,41 +57,103 @@ def select_routes(
     index       [E,B,N,K] integer ("given" only), each used slot a distinct source below i; unused slots are ignored.
                 An out-of-range index is undefined behaviour.
     resrouting  False: gradients flow everywhere (flow is True in every used slot)
+    backend     "auto": the fastest that can run here; see `d2r_fast.ops.backends`
 
-    Returns `Routes`; `gate` carries the gradient to the chosen logits, the rest is constant.
-    ValueError: k outside 1..N, or a shape, dtype, device or argument that does not fit the mode.
+    Returns `Routes`; `gate` carries the gradient to the chosen logits (once differentiable except on the reference),
+    the rest is constant. Under autocast it runs in float32.
+    ValueError: k outside 1..N, a shape, dtype, device or argument that does not fit the mode, or a backend that cannot
+    run.
     """
+    if torch.is_autocast_enabled(logits.device.type):
+        logits = logits.float()
     n_modules = _check(logits, k, mode, temperature, noise, index)
-    n_nets, rows = logits.shape[:2]
-    offset, position, n_sources, bit = _tables(n_modules, logits.device)
-    used = torch.arange(k, device=logits.device) < n_sources[:, None]  # [N,K]
+    chosen = choose_backend(backend, logits)
+    if chosen == "reference":
+        return Routes(*reference.forward(logits, temperature, noise, index, k, n_modules, resrouting))
+    return Routes(*_select(logits, temperature, noise, index, k, n_modules, resrouting, chosen))
 
-    def unpack(packed: Tensor) -> Tensor:  # [E,B,R] -> [E,B,N,N], -inf where route i has no such source
-        padded = torch.nn.functional.pad(packed, (0, 1), value=-torch.inf)
-        return padded.index_select(2, position).view(n_nets, rows, n_modules, n_modules)
 
-    with torch.no_grad():
-        by_route = unpack(logits)
-        if index is not None:
-            chosen = index.long()
-        elif mode == "sampled":
-            assert temperature is not None and noise is not None
-            # logits / tau + noise in the order of logits + tau * noise: no division, so no overflow at a tiny tau.
-            chosen = unpack(logits + temperature[:, None] * noise).topk(k, dim=-1).indices
-        else:
-            chosen = by_route.topk(k, dim=-1).indices
-        chosen = torch.where(used, chosen, 0)  # [E,B,N,K]
-        if resrouting:
-            # dev 3: the published threshold is 1/(i+1), not 1/i, over all i sources and without the temperature.
-            share = _softmax(by_route).gather(-1, chosen)
-            flow = (share * (n_sources[:, None] + 1) > 1) & used
-        else:
-            flow = used.expand(chosen.shape).contiguous()
-        active = _active_bits(chosen, used, bit)
+def make_routes(index: Tensor, gate: Tensor, flow: Tensor | None = None) -> Routes:
+    """Routes of one's own making: any lower-triangular graph over the modules, with any weights.
 
-    picked = logits.gather(2, (chosen + offset[:, None]).flatten(2)).view(chosen.shape)
-    gate = _softmax(picked.masked_fill(~used, -torch.inf))
-    return Routes(chosen.to(torch.int32), gate, flow, active)
+    index [E,B,N,K] integer   route i (slot i-1) reads min(K, i) distinct modules below i; other slots are ignored
+    gate  [E,B,N,K] float     their weights; may carry a gradient
+    flow  [E,B,N,K] bool      where the gradient may enter the source's ReLU layer; None: everywhere
+
+    With K = N and index[..., k] = k this is dense routing, as in soft modularization.
+    ValueError: shapes or dtypes disagree.
+    """
+    if index.dim() != 4 or index.is_floating_point() or not 1 <= index.shape[3] <= index.shape[2] <= MAX_MODULES:
+        raise ValueError(
+            f"index: expected an integer tensor [E,B,N,K], K <= N <= {MAX_MODULES}, got "
+            f"{index.dtype} {list(index.shape)}"
+        )
+    for name, value in (("gate", gate), ("flow", flow)):
+        if value is not None and value.shape != index.shape:
+            raise ValueError(f"{name}: expected shape {list(index.shape)} like index, got {list(value.shape)}")
+    n_modules, k = index.shape[2:]
+    route = torch.arange(1, n_modules + 1, device=index.device)
+    used = torch.arange(k, device=index.device) < route[:, None]  # [N,K]
+    flow = used.expand(index.shape) if flow is None else flow & used
+    index = torch.where(used, index, 0).to(torch.int32)
+    return Routes(index, torch.where(used, gate, 0), flow.contiguous(), reference.active_bits(index))
+
+
+@torch.library.custom_op("d2r_fast::select_routes", mutates_args=())
+def _select(
+    logits: Tensor,
+    temperature: Tensor | None,
+    noise: Tensor | None,
+    given: Tensor | None,
+    k: int,
+    n_modules: int,
+    resrouting: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """index, gate, flow, active of `Routes`."""
+    run = kernels(backend, "select_routes").forward
+    return run(logits, temperature, noise, given, k, n_modules, resrouting)
+
+
+@_select.register_fake
+def _(
+    logits: Tensor,
+    temperature: Tensor | None,
+    noise: Tensor | None,
+    given: Tensor | None,
+    k: int,
+    n_modules: int,
+    resrouting: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[:2]
+    shape = (*rows, n_modules, k)
+    index, active = logits.new_empty(shape, dtype=torch.int32), logits.new_empty(rows, dtype=torch.int32)
+    return index, logits.new_empty(shape), logits.new_empty(shape, dtype=torch.bool), active
+
+
+@torch.library.custom_op("d2r_fast::select_routes_backward", mutates_args=())
+def _select_backward(d_gate: Tensor, index: Tensor, gate: Tensor, backend: str) -> Tensor:
+    """d_logits [E,B,R]: the softmax over the chosen, backwards; zero for the others."""
+    return kernels(backend, "select_routes").backward(d_gate, index, gate)
+
+
+@_select_backward.register_fake
+def _(d_gate: Tensor, index: Tensor, gate: Tensor, backend: str) -> Tensor:
+    n_modules = index.shape[2]
+    return gate.new_empty(*index.shape[:2], n_modules * (n_modules + 1) // 2)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.backend = inputs[-1]
+    ctx.save_for_backward(*output[:2])
+
+
+def _differentiate(ctx: Any, _: None, d_gate: Tensor, *__: None) -> tuple[Tensor | None, ...]:
+    return _select_backward(d_gate, *ctx.saved_tensors, ctx.backend), *(None,) * 7
+
+
+_select.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 def _check(

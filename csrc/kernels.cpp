@@ -1,0 +1,23 @@
+// Compiled once for every instruction set; D2R_ISA names it.
+#include "routed_modules_cpu.h"
+#include "select_routes_cpu.h"
+
+namespace d2r_fast::D2R_ISA {
+
+template <typename T, typename Products>
+constexpr Kernels<T> kKernels = {
+    &Products::packed_bytes, &Products::pack_weight,     &forward<T, Products>,
+    &backward<T, Products>,  &select_routes<T>, &select_routes_backward<T>,
+};
+
+const KernelSet& kernel_set() {
+#if defined(__AVX512BF16__)
+  const Kernels<float>* bf16 = &kKernels<float, Bf16Products>;
+#else
+  const Kernels<float>* bf16 = nullptr;
+#endif
+  static const KernelSet set = {kKernels<float, PlainProducts<float>>, kKernels<double, PlainProducts<double>>, bf16};
+  return set;
+}
+
+}  // namespace d2r_fast::D2R_ISA

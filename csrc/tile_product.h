@@ -1,0 +1,245 @@
+// Small matrix products out of registers: the tile that everything in routed_modules_cpu.h multiplies with.
+#pragma once
+#include <algorithm>
+#include <bit>
+#include <type_traits>
+#include <utility>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace d2r_fast::D2R_ISA {
+
+// kTileRows x kPanel accumulators, kPanel values of B and one of A fill the vector registers: 32 or 16 of them.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kTileRows = 12;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kTileRows = 6;
+#else
+constexpr int kVectorBytes = 16, kTileRows = 6;
+#endif
+constexpr int kPanelVectors = 2;
+
+template <typename T>
+struct VectorOf {
+  // May lie anywhere an element may, and alias it.
+  typedef T Type __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::Type;
+template <typename T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+template <typename T>
+constexpr int kPanel = kPanelVectors * kLanes<T>;
+
+template <typename T>
+inline Vector<T>& vector_at(T* p) {
+  return *reinterpret_cast<Vector<T>*>(p);
+}
+template <typename T>
+inline const Vector<T>& vector_at(const T* p) {
+  return *reinterpret_cast<const Vector<T>*>(p);
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Rows of a tile buffer lie a constant distance apart, so that one address register serves all of them. 8704 bytes:
+// the widest row, and rows land eight cache lines apart in the first-level cache.
+template <typename T>
+constexpr int64_t kTileStride = 8704 / sizeof(T);
+static_assert(kMaxWidth * sizeof(double) < 8704);
+
+enum class Start { kZero, kRow, kLoad };
+
+// How one step of a product multiplies: operands as they are, or pairs of bf16 with the sum in float32.
+template <typename T>
+struct Multiply {
+  using Element = T;
+  using Sum = T;
+  static void add(Vector<T>& sum, const Vector<T>& column, T value) { sum += column * value; }
+};
+#if defined(__AVX512BF16__)
+struct MultiplyPairs {
+  using Element = uint32_t;  // two consecutive k, the first in the low half
+  using Sum = float;
+  static void add(Vector<float>& sum, const Vector<uint32_t>& column, uint32_t value) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)column, (__m512bh)_mm512_set1_epi32(static_cast<int>(value)));
+  }
+};
+#endif
+
+// C[r, :] (+)= sum_k A[r, k] B[k, :] for kRows rows and one panel of columns.
+// A lies in a tile buffer (kTransposed: A[r, k] at a[k * a_stride + r]); B[k, :] at b + k * b_stride; C[r, :] at
+// c + r * c_stride. C starts from zero, from the row `start`, or from itself.
+template <typename Step, int kRows, bool kTransposed, Start kStart>
+inline void tile_product(int64_t depth, const typename Step::Element* a, int64_t a_stride, const typename Step::Element* b,
+                         int64_t b_stride, typename Step::Sum* c, int64_t c_stride, const typename Step::Sum* start) {
+  using E = typename Step::Element;
+  using T = typename Step::Sum;
+  Vector<T> sum[kRows][kPanelVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) {
+      if constexpr (kStart == Start::kZero) sum[r][v] = Vector<T>{};
+      if constexpr (kStart == Start::kRow) sum[r][v] = vector_at(start + v * kLanes<T>);
+      if constexpr (kStart == Start::kLoad) sum[r][v] = vector_at(c + r * c_stride + v * kLanes<T>);
+    }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector<E> column[kPanelVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) column[v] = vector_at(b + k * b_stride + v * kLanes<E>);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const E value = kTransposed ? a[k * a_stride + r] : a[r * kTileStride<E> + k];
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVectors; ++v) Step::add(sum[r][v], column[v], value);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) vector_at(c + r * c_stride + v * kLanes<T>) = sum[r][v];
+}
+
+// Calls body with the constant n, 1 <= n <= kTileRows.
+template <typename Body>
+inline void with_constant_rows(int64_t n, const Body& body) {
+  [&]<int... kLess>(std::integer_sequence<int, kLess...>) {
+    (void)((n == kLess + 1 ? (body(std::integral_constant<int, kLess + 1>{}), true) : false) || ...);
+  }(std::make_integer_sequence<int, kTileRows>{});
+}
+
+// out[r, :] = start + a[r, :] B for the rows of a tile; start null: zero. `out` has room for whole panels.
+template <typename Step>
+inline void multiply_tile(int64_t n_rows, int64_t depth, const typename Step::Element* a, const typename Step::Element* panel,
+                          int64_t width, const typename Step::Sum* start, typename Step::Sum* out) {
+  using T = typename Step::Sum;
+  with_constant_rows(n_rows, [&](auto rows) {
+    for (int64_t first = 0; first < width; first += kPanel<T>, panel += depth * kPanel<T>) {
+      if (start)
+        tile_product<Step, rows(), false, Start::kRow>(depth, a, 0, panel, kPanel<T>, out + first, kTileStride<T>, start + first);
+      else
+        tile_product<Step, rows(), false, Start::kZero>(depth, a, 0, panel, kPanel<T>, out + first, kTileStride<T>, nullptr);
+    }
+  });
+}
+
+// sum [D,D] += a^T b; the `depth` rows of a and b lie `stride` apart and have room for whole panels.
+template <typename Step>
+inline void add_transposed_product(int64_t depth, const typename Step::Element* a, const typename Step::Element* b,
+                                   int64_t stride, int64_t width, typename Step::Sum* sum) {
+  using T = typename Step::Sum;
+  for (int64_t top = 0; top < width; top += kTileRows)
+    with_constant_rows(std::min<int64_t>(kTileRows, width - top), [&](auto rows) {
+      for (int64_t first = 0; first < width; first += kPanel<T>) {
+        T* c = sum + top * width + first;
+        const int64_t columns = width - first;
+        if (columns >= kPanel<T>) {
+          tile_product<Step, rows(), true, Start::kLoad>(depth, a + top, stride, b + first, stride, c, width, nullptr);
+          continue;
+        }
+        T tail[kTileRows * kPanel<T>];
+        tile_product<Step, rows(), true, Start::kZero>(depth, a + top, stride, b + first, stride, tail, kPanel<T>, nullptr);
+        for (int r = 0; r < rows(); ++r)
+          for (int64_t j = 0; j < columns; ++j) c[r * width + j] += tail[r * kPanel<T> + j];
+      }
+    });
+}
+
+// A weight as panels of columns of B, each with its `depth` steps one after another; element(k, column) says what B holds.
+template <typename E, typename Element>
+inline void pack_panels(int64_t width, int64_t depth, E* panel, const Element& element) {
+  constexpr int64_t columns = kPanel<E>;
+  for (int64_t first = 0; first < width; first += columns)
+    for (int64_t k = 0; k < depth; ++k, panel += columns)
+      for (int64_t j = 0; j < columns; ++j) panel[j] = first + j < width ? element(k, first + j) : E(0);
+}
+
+// Products of operands as they are stored.
+template <typename T>
+struct PlainProducts {
+  static size_t packed_bytes(int64_t width) { return width * round_up(width, kPanel<T>) * sizeof(T); }
+
+  static void pack_weight(const T* weight, int64_t width, bool backward, std::byte* panels) {
+    T* to = reinterpret_cast<T*>(panels);
+    if (backward)
+      pack_panels(width, width, to, [=](int64_t k, int64_t j) { return weight[k * width + j]; });
+    else
+      pack_panels(width, width, to, [=](int64_t k, int64_t j) { return weight[j * width + k]; });
+  }
+
+  static void multiply(int64_t n_rows, const T* a, const std::byte* panels, int64_t width, const T* start, T* out) {
+    multiply_tile<Multiply<T>>(n_rows, width, a, reinterpret_cast<const T*>(panels), width, start, out);
+  }
+
+  static void add_outer(int64_t n_rows, const T* a, const T* b, int64_t stride, int64_t width, T* sum, T*) {
+    add_transposed_product<Multiply<T>>(n_rows, a, b, stride, width, sum);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Products of operands rounded to bf16, two steps at once, summed in float32.
+struct Bf16Products {
+  static size_t packed_bytes(int64_t width) { return (width + 1) / 2 * round_up(width, kPanel<float>) * sizeof(uint32_t); }
+
+  static void pack_weight(const float* weight, int64_t width, bool backward, std::byte* panels) {
+    const auto at = [=](int64_t k, int64_t j) {
+      return k >= width ? 0.0f : backward ? weight[k * width + j] : weight[j * width + k];
+    };
+    pack_panels(width, (width + 1) / 2, reinterpret_cast<uint32_t*>(panels),
+                [=](int64_t k, int64_t j) { return pair(at(2 * k, j), at(2 * k + 1, j)); });
+  }
+
+  static void multiply(int64_t n_rows, const float* a, const std::byte* panels, int64_t width, const float* start, float* out) {
+    alignas(64) thread_local uint32_t pairs[kTileRows * kTileStride<uint32_t>];
+    for (int64_t r = 0; r < n_rows; ++r) {
+      const float* row = a + r * kTileStride<float>;
+      uint32_t* to = pairs + r * kTileStride<uint32_t>;
+      for (int64_t j = 0; j < width; j += 2 * kLanes<float>) {
+        const __mmask32 inside = width - j >= 32 ? ~0u : (1u << (width - j)) - 1;
+        const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), row + j);
+        const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside >> 16), row + j + kLanes<float>);
+        _mm512_storeu_si512(to + j / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      }
+    }
+    multiply_tile<MultiplyPairs>(n_rows, (width + 1) / 2, pairs, reinterpret_cast<const uint32_t*>(panels), width, start, out);
+  }
+
+  static void add_outer(int64_t n_rows, const float* a, const float* b, int64_t stride, int64_t width, float* sum,
+                        float* scratch) {
+    const int64_t depth = (n_rows + 1) / 2;
+    uint32_t* a_pairs = reinterpret_cast<uint32_t*>(scratch);
+    uint32_t* b_pairs = a_pairs + depth * stride;
+    pair_rows(n_rows, a, stride, width, a_pairs);
+    pair_rows(n_rows, b, stride, width, b_pairs);
+    add_transposed_product<MultiplyPairs>(depth, a_pairs, b_pairs, stride, width, sum);
+  }
+
+ private:
+  static uint32_t pair(float low, float high) { return bf16(low) | bf16(high) << 16; }
+
+  // Rounded to nearest, ties to even; a NaN stays one.
+  static uint32_t bf16(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    return value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
+
+  // Rows 2k and 2k+1 side by side, element by element; past the last row zeros.
+  static void pair_rows(int64_t n_rows, const float* rows, int64_t stride, int64_t width, uint32_t* pairs) {
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                                21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int64_t row = 0; row < n_rows; row += 2, rows += 2 * stride, pairs += stride)
+      for (int64_t j = 0; j < width; j += kLanes<float>) {
+        const __m512 low = _mm512_loadu_ps(rows + j);
+        const __m512 high = row + 1 < n_rows ? _mm512_loadu_ps(rows + stride + j) : _mm512_setzero_ps();
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        _mm512_storeu_si512(pairs + j, _mm512_permutexvar_epi16(interleave, both));
+      }
+  }
+};
+#endif
+
+}  // namespace d2r_fast::D2R_ISA

@@ -1,0 +1,54 @@
+"""The library that setup.py builds from csrc/."""
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parents[2] / "_cpu.so"
+MAX_WIDTH = 1024
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library with its operations registered, or why there is none."""
+    if not LIBRARY.is_file():
+        return None, "not built: installing the package builds it, given CMake and a C++20 compiler"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        library = ctypes.CDLL(str(LIBRARY))
+        library.d2r_fast_isa.restype = ctypes.c_char_p
+    except OSError as error:
+        return None, f"{LIBRARY.name} was built for another torch or machine ({error}): install the package again"
+    return library, ""
+
+
+def instruction_sets() -> list[str]:
+    """Those the library has kernels for and this processor runs, the fastest (the default) first."""
+    library, _ = _load()
+    names: list[str] = []
+    while library is not None and (name := library.d2r_fast_isa(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def use_instruction_set(name: str) -> None:
+    """Run on `name`, one of `instruction_sets()`, from now on: what tests compare and benchmarks measure."""
+    library, why = _load()
+    if library is None:
+        raise ValueError(f"backend cpp: {why}")
+    if name not in instruction_sets():
+        raise ValueError(f"instruction set: expected one of {', '.join(instruction_sets())}, got {name!r}")
+    library.d2r_fast_use_isa(instruction_sets().index(name))
+
+
+def state() -> str:
+    """ "ready" with the instruction set, or why the backend cannot be used."""
+    library, why = _load()
+    return f"ready ({instruction_sets()[0]})" if library is not None else why
+
+
+def has_bf16_products() -> bool:
+    """Whether float32 tensors can be multiplied as bf16 here."""
+    return "avx512bf16" in instruction_sets()

@@ -1,0 +1,59 @@
+"""Backend `cpp` of `routed_modules`."""
+
+import torch
+from torch import Tensor
+
+from d2r_fast.ops.cpp.library import has_bf16_products
+
+
+def forward(
+    h0: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    active: Tensor,
+    residual: bool,
+    precision: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Modules' mixed output [E,B,D], and for backward h [E,N,B,D] and opened [E,N,B,D] bool (z > 0), or two empty ones.
+
+    Rows of modules that are not active are left as they were allocated.
+    """
+    n_nets, rows, width = h0.shape
+    kept_shape = (n_nets, index.shape[2], rows, width) if keep else (0,)
+    mixed, h = h0.new_empty(h0.shape), h0.new_empty(kept_shape)
+    opened = torch.empty(kept_shape, dtype=torch.bool)
+    inputs = (v.contiguous() for v in (h0, weight, bias, index, gate, active))
+    bf16 = _rounds_to_bf16(h0, precision)
+    torch.ops.d2r_fast_cpu.routed_modules(*inputs, residual, bf16, mixed, h, opened)
+    return mixed, h, opened
+
+
+def backward(
+    d_mixed: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    opened: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    flow: Tensor,
+    active: Tensor,
+    residual: bool,
+    precision: str,
+    to_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_h0, d_weight, d_bias, d_gate; the middle two are empty unless `to_weight`."""
+    d_h0, d_gate = d_mixed.new_empty(d_mixed.shape), gate.new_empty(gate.shape)
+    d_weight = weight.new_empty(weight.shape if to_weight else 0)
+    d_bias = weight.new_empty(weight.shape[:3] if to_weight else 0)
+    inputs = (v.contiguous() for v in (d_mixed, weight, index, gate, flow, active, h, opened))
+    bf16 = _rounds_to_bf16(h, precision)
+    torch.ops.d2r_fast_cpu.routed_modules_backward(*inputs, residual, bf16, d_h0, d_weight, d_bias, d_gate)
+    return d_h0, d_weight, d_bias, d_gate
+
+
+def _rounds_to_bf16(value: Tensor, precision: str) -> bool:
+    """bf16 products need AVX512-BF16 and float32 tensors; elsewhere products stay in the tensors' own dtype."""
+    return precision == "bf16" and value.dtype == torch.float32 and has_bf16_products()

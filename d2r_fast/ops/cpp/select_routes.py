@@ -1,0 +1,34 @@
+"""Backend `cpp` of `select_routes`."""
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    logits: Tensor,
+    temperature: Tensor | None,
+    noise: Tensor | None,
+    given: Tensor | None,
+    k: int,
+    n_modules: int,
+    resrouting: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """index, gate, flow [E,B,N,K] and active [E,B] of `Routes`."""
+    shape = (*logits.shape[:2], n_modules, k)
+    index, gate = torch.empty(shape, dtype=torch.int32), logits.new_empty(shape)
+    flow, active = torch.empty(shape, dtype=torch.bool), torch.empty(shape[:2], dtype=torch.int32)
+    none = logits.new_empty(0)
+    temperature, noise = (none if v is None else v.to(logits.dtype).contiguous() for v in (temperature, noise))
+    given = none if given is None else given.to(torch.int32).contiguous()
+    torch.ops.d2r_fast_cpu.select_routes(
+        logits.contiguous(), temperature, noise, given, resrouting, index, gate, flow, active
+    )
+    return index, gate, flow, active
+
+
+def backward(d_gate: Tensor, index: Tensor, gate: Tensor) -> Tensor:
+    """d_logits [E,B,R]."""
+    n_modules = index.shape[2]
+    d_logits = gate.new_empty(*index.shape[:2], n_modules * (n_modules + 1) // 2)
+    torch.ops.d2r_fast_cpu.select_routes_backward(d_gate.contiguous(), index, gate, d_logits)
+    return d_logits

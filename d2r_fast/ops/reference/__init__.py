@@ -1,0 +1,1 @@
+"""Backend `reference`: the operations in plain PyTorch, which the others are held against."""

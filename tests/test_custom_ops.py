@@ -1,0 +1,148 @@
+"""The operations as torch sees them: registration, torch.compile, autocast, threads, and a library that is missing."""
+
+import pytest
+import torch
+
+from d2r_fast import make_routes, routed_modules, select_routes
+from d2r_fast.ops import backends
+from d2r_fast.ops.cpp import library
+
+N, K, D, R = 5, 2, 16, 15
+backend_names = pytest.mark.parametrize("backend", ["reference", "cpp"])
+
+
+def inputs(e=2, b=30, dtype=torch.float32):
+    """logits, h0, weight, bias, all leaves."""
+    shapes = (e, b, R), (e, b, D), (e, N - 1, D, D), (e, N - 1, D)
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def both(logits, h0, weight, bias, backend="cpp"):
+    """Routes chosen from the logits, and the modules along them."""
+    return routed_modules(h0, weight, bias, select_routes(logits, K, backend=backend), backend=backend)
+
+
+def test_opcheck():
+    logits, h0, weight, bias = inputs(dtype=torch.float64)
+    temperature, noise = torch.ones(30), torch.rand(2, 30, R)
+    ops = torch.ops.d2r_fast
+    for extra in ((None, None, None), (temperature, noise, None)):
+        torch.library.opcheck(ops.select_routes.default, (logits, *extra, K, N, True, "cpp"))
+    given = select_routes(logits.detach(), K)
+    torch.library.opcheck(ops.select_routes.default, (logits, None, None, given.index, K, N, False, "cpp"))
+    torch.library.opcheck(ops.select_routes_backward.default, (given.gate, given.index, given.gate, "cpp"))
+    # Every module active: what h holds for the others is anything, and opcheck would compare it.
+    dense = make_routes(torch.arange(N).expand(2, 30, N, N), torch.rand(2, 30, N, N, dtype=torch.float64))
+    args = (dense.index, dense.gate.requires_grad_(), dense.flow, dense.active, True, "float32")
+    torch.library.opcheck(ops.routed_modules.default, (h0, weight, bias, *args, True, "cpp"))
+    mixed, h, opened = ops.routed_modules(h0, weight, bias, *args, True, "cpp")
+    torch.library.opcheck(
+        ops.routed_modules_backward.default,
+        (*(v.detach() for v in (mixed, weight, h, opened, dense.index, dense.gate)), *args[2:], True, "cpp"),
+    )
+
+
+@backend_names
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_without_graph_breaks(backend, compiler):
+    leaves = inputs()
+    cotangent = torch.randn(2, 30, D)
+    eager = both(*leaves, backend)
+    expected = torch.autograd.grad(eager, leaves, cotangent)
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend=compiler)(*leaves, backend)
+    torch.testing.assert_close(compiled, eager)
+    for ours, theirs in zip(torch.autograd.grad(compiled, leaves, cotangent), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@backend_names
+def test_autocast_runs_in_the_weights_dtype(backend):
+    logits, h0, weight, bias = inputs()
+    expected = both(logits.bfloat16(), h0, weight, bias, backend) if backend == "reference" else None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = logits @ torch.eye(R)  # bf16, as a layer before the operation gives
+        assert scores.dtype == torch.bfloat16
+        out = both(scores, (h0 @ torch.eye(D)), weight, bias, backend)
+    assert out.dtype == torch.float32
+    grads = torch.autograd.grad(out, [logits, h0, weight, bias], torch.ones_like(out))
+    assert all(g.isfinite().all() and g.dtype == torch.float32 for g in grads)
+    plain = both(logits.bfloat16().float(), h0.bfloat16().float(), weight, bias, backend)
+    torch.testing.assert_close(out, plain)
+    assert expected is None or expected.dtype == torch.float32
+
+
+def test_threads_change_no_output_and_sum_weights_in_a_fixed_order():
+    leaves = inputs(b=700)
+    cotangent = torch.randn(2, 700, D)
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        try:
+            out = both(*leaves)
+            return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+        finally:
+            torch.set_num_threads(1)
+
+    one, three, again = run(1), run(3), run(3)
+    for a, b in zip(three, again, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(one[:3], three[:3], strict=True):  # output, d_logits, d_h0
+        assert torch.equal(a, b)
+    for a, b in zip(one[3:], three[3:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_nan_is_handed_on():
+    logits, h0, weight, bias = inputs()
+    with torch.no_grad():
+        h0[1, 17, 3] = torch.nan
+        out = both(logits, h0, weight, bias)
+    assert out[1, 17].isnan().all() or out[1, 17].isnan().any()
+    assert not out[:, :17].isnan().any() and not out[0].isnan().any()
+
+
+def test_a_missing_library_is_named_and_the_reference_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "_cpu.so")
+    caches = library._load, backends.availability
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        assert "not built" in backends.availability()["cpp"]
+        logits, *_ = inputs()
+        assert backends.choose_backend("auto", logits) == "reference"
+        with pytest.raises(ValueError, match="backend cpp: not built: installing the package builds it, given CMake"):
+            select_routes(logits, K, backend="cpp")
+        (tmp_path / "_cpu.so").write_text("not a library")
+        for cache in caches:
+            cache.cache_clear()
+        assert "built for another torch or machine" in backends.availability()["cpp"]
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "cuda"}, "backend: expected one of auto, reference, cpp, triton, got 'cuda'"),
+        ({"backend": "triton"}, "backend triton: "),
+        ({"precision": "float16"}, "precision: expected one of float32, tf32, bf16, got 'float16'"),
+    ],
+)
+def test_value_errors(arguments, message):
+    logits, h0, weight, bias = inputs()
+    with pytest.raises(ValueError, match=message):
+        routed_modules(h0, weight, bias, select_routes(logits, K), **arguments)
+
+
+def test_the_library_refuses_what_would_leave_its_buffers():
+    h0 = torch.zeros(1, 2, 2000)
+    routes = make_routes(torch.zeros(1, 2, 1, 1, dtype=torch.int32), torch.ones(1, 2, 1, 1))
+    with pytest.raises(ValueError, match="expected a width of at most 1024, got 2000"):
+        routed_modules(h0, torch.zeros(1, 0, 2000, 2000), torch.zeros(1, 0, 2000), routes, backend="cpp")
+    out = [torch.empty(2, 3, N, K, dtype=torch.int32), torch.empty(2, 3, N, K), torch.empty(2, 3, N, K).bool()]
+    with pytest.raises(RuntimeError, match="logits: expected 90 numbers, got 84"):
+        torch.ops.d2r_fast_cpu.select_routes(
+            torch.zeros(2, 3, 14), *(torch.zeros(0),) * 3, True, *out, torch.empty(2, 3, dtype=torch.int32)
+        )
