@@ -96,7 +96,11 @@ void forward(const ForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_r
   const int32_t* active = args.active + at;
   std::fill_n(bias, stride, T(0));
 
-  for (int64_t row = 0; row < n_rows; ++row) std::copy_n(args.h0 + (at + row) * width, width, h + row * h_row);
+  for (int64_t row = 0; row < n_rows; ++row) {
+    const T* h0 = args.h0 + (at + row) * width;
+    std::copy_n(h0, width, h + row * h_row);
+    for (int64_t j = 0; opened && j < width; ++j) opened[row * h_row + j] = h0[j] > 0;  // unused, but never undefined
+  }
   for (int64_t i = 1; i < n_modules; ++i) {
     const int64_t module = net * (n_modules - 1) + i - 1, kept = std::min(n_kept, i);
     const std::byte* panels = args.panels + module * Products::packed_bytes(width);

@@ -59,17 +59,15 @@ def test_compiles_without_graph_breaks(backend, compiler):
 @backend_names
 def test_autocast_runs_in_the_weights_dtype(backend):
     logits, h0, weight, bias = inputs()
-    expected = both(logits.bfloat16(), h0, weight, bias, backend) if backend == "reference" else None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = logits @ torch.eye(R)  # bf16, as a layer before the operation gives
         assert scores.dtype == torch.bfloat16
-        out = both(scores, (h0 @ torch.eye(D)), weight, bias, backend)
+        out = both(scores, h0 @ torch.eye(D), weight, bias, backend)
     assert out.dtype == torch.float32
     grads = torch.autograd.grad(out, [logits, h0, weight, bias], torch.ones_like(out))
     assert all(g.isfinite().all() and g.dtype == torch.float32 for g in grads)
     plain = both(logits.bfloat16().float(), h0.bfloat16().float(), weight, bias, backend)
     torch.testing.assert_close(out, plain)
-    assert expected is None or expected.dtype == torch.float32
 
 
 def test_threads_change_no_output_and_sum_weights_in_a_fixed_order():
@@ -98,7 +96,7 @@ def test_nan_is_handed_on():
     with torch.no_grad():
         h0[1, 17, 3] = torch.nan
         out = both(logits, h0, weight, bias)
-    assert out[1, 17].isnan().all() or out[1, 17].isnan().any()
+    assert out[1, 17].isnan().any()
     assert not out[:, :17].isnan().any() and not out[0].isnan().any()
 
 

@@ -362,7 +362,8 @@ def test_bf16_products_lose_less_than_bf16_tensors(routed_modules, e, b, n, k, d
         assert ours[name].dtype == torch.float32
         error, allowed = largest(ours[name].double() - value), largest(theirs[name].double() - value)
         assert error <= allowed + 2 * torch.finfo(torch.bfloat16).eps * largest(value), name
-    assert not torch.equal(ours["weight"], exact["weight"])  # they really were bf16 products
+    # They really were bf16 products; of one row they may be exact.
+    assert b == 1 or not torch.equal(ours["weight"], exact["weight"])
 
 
 E, B, N, K, D = 2, 4, 5, 2, 8

@@ -38,7 +38,9 @@ def routed_modules(
     behaviour.
     """
     if torch.is_autocast_enabled(h0.device.type):
-        h0, routes = h0.to(weight.dtype), routes._replace(gate=routes.gate.to(weight.dtype))
+        with torch.autocast(h0.device.type, enabled=False):
+            routes = routes._replace(gate=routes.gate.to(weight.dtype))
+            return routed_modules(h0.to(weight.dtype), weight, bias, routes, residual, backend, precision)
     _check(h0, weight, bias, routes)
     check_precision(precision)
     chosen = choose_backend(backend, h0, h0.shape[2])

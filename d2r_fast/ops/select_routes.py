@@ -65,12 +65,14 @@ def select_routes(
     run.
     """
     if torch.is_autocast_enabled(logits.device.type):
-        logits = logits.float()
+        with torch.autocast(logits.device.type, enabled=False):
+            return select_routes(logits.float(), k, mode, temperature, noise, index, resrouting, backend)
     n_modules = _check(logits, k, mode, temperature, noise, index)
     chosen = choose_backend(backend, logits)
     if chosen == "reference":
         return Routes(*reference.forward(logits, temperature, noise, index, k, n_modules, resrouting))
-    return Routes(*_select(logits, temperature, noise, index, k, n_modules, resrouting, chosen))
+    gate, *rest = _select(logits, temperature, noise, index, k, n_modules, resrouting, chosen)
+    return Routes(rest[0], gate, *rest[1:])
 
 
 def make_routes(index: Tensor, gate: Tensor, flow: Tensor | None = None) -> Routes:
@@ -110,9 +112,10 @@ def _select(
     resrouting: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """index, gate, flow, active of `Routes`."""
+    """gate, index, flow, active of `Routes`: what has a gradient comes first, as opcheck wants it."""
     run = kernels(backend, "select_routes").forward
-    return run(logits, temperature, noise, given, k, n_modules, resrouting)
+    index, gate, flow, active = run(logits, temperature, noise, given, k, n_modules, resrouting)
+    return gate, index, flow, active
 
 
 @_select.register_fake
@@ -129,7 +132,7 @@ def _(
     rows = logits.shape[:2]
     shape = (*rows, n_modules, k)
     index, active = logits.new_empty(shape, dtype=torch.int32), logits.new_empty(rows, dtype=torch.int32)
-    return index, logits.new_empty(shape), logits.new_empty(shape, dtype=torch.bool), active
+    return logits.new_empty(shape), index, logits.new_empty(shape, dtype=torch.bool), active
 
 
 @torch.library.custom_op("d2r_fast::select_routes_backward", mutates_args=())
@@ -146,10 +149,11 @@ def _(d_gate: Tensor, index: Tensor, gate: Tensor, backend: str) -> Tensor:
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.backend = inputs[-1]
-    ctx.save_for_backward(*output[:2])
+    gate, index, _, _ = output
+    ctx.save_for_backward(index, gate)
 
 
-def _differentiate(ctx: Any, _: None, d_gate: Tensor, *__: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, d_gate: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return _select_backward(d_gate, *ctx.saved_tensors, ctx.backend), *(None,) * 7
 
 

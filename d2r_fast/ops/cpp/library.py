@@ -3,6 +3,7 @@
 import ctypes
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,14 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
+def operations() -> Any:
+    """`torch.ops.d2r_fast_cpu`, loaded. ValueError: the backend cannot be used, and why."""
+    library, why = _load()
+    if library is None:
+        raise ValueError(f"backend cpp: {why}")
+    return torch.ops.d2r_fast_cpu
+
+
 def instruction_sets() -> list[str]:
     """Those the library has kernels for and this processor runs, the fastest (the default) first."""
     library, _ = _load()
@@ -35,9 +44,9 @@ def instruction_sets() -> list[str]:
 
 def use_instruction_set(name: str) -> None:
     """Run on `name`, one of `instruction_sets()`, from now on: what tests compare and benchmarks measure."""
-    library, why = _load()
-    if library is None:
-        raise ValueError(f"backend cpp: {why}")
+    operations()
+    library, _ = _load()
+    assert library is not None
     if name not in instruction_sets():
         raise ValueError(f"instruction set: expected one of {', '.join(instruction_sets())}, got {name!r}")
     library.d2r_fast_use_isa(instruction_sets().index(name))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from d2r_fast.ops.cpp.library import operations
+
 
 def forward(
     logits: Tensor,
@@ -20,9 +22,7 @@ def forward(
     none = logits.new_empty(0)
     temperature, noise = (none if v is None else v.to(logits.dtype).contiguous() for v in (temperature, noise))
     given = none if given is None else given.to(torch.int32).contiguous()
-    torch.ops.d2r_fast_cpu.select_routes(
-        logits.contiguous(), temperature, noise, given, resrouting, index, gate, flow, active
-    )
+    operations().select_routes(logits.contiguous(), temperature, noise, given, resrouting, index, gate, flow, active)
     return index, gate, flow, active
 
 
@@ -30,5 +30,5 @@ def backward(d_gate: Tensor, index: Tensor, gate: Tensor) -> Tensor:
     """d_logits [E,B,R]."""
     n_modules = index.shape[2]
     d_logits = gate.new_empty(*index.shape[:2], n_modules * (n_modules + 1) // 2)
-    torch.ops.d2r_fast_cpu.select_routes_backward(d_gate.contiguous(), index, gate, d_logits)
+    operations().select_routes_backward(d_gate.contiguous(), index, gate, d_logits)
     return d_logits

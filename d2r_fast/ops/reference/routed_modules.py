@@ -73,9 +73,9 @@ class ReferenceModules(torch.autograd.Function):
             d_z = (adjoint_relu[i] * open_relu[i - 1]).view(n_nets, rows, width)
             x_i = x[i - 1].view(n_nets, rows, width)
             if d_weight is not None:
-                torch.bmm(d_z.mT, x_i, out=d_weight[:, i - 1])
+                d_weight[:, i - 1] = torch.bmm(d_z.mT, x_i)
             if d_bias is not None:
-                torch.sum(d_z, 1, out=d_bias[:, i - 1])
+                d_bias[:, i - 1] = d_z.sum(1)
             push(i, torch.bmm(d_z, weight[:, i - 1]).flatten(0, 1), adjoint_residual[i] if ctx.residual else None)
         d_h0 = adjoint_relu[0].view(n_nets, rows, width)
         return d_h0, d_weight, d_bias, d_gate.permute(2, 0, 1).view(n_nets, rows, n_modules, n_kept), None, None, None
