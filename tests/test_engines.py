@@ -25,6 +25,7 @@ from d2r_fast.envs import (
     scenes,
 )
 from d2r_fast.envs.official import OfficialEnvs
+from d2r_fast.envs.official_starts import OfficialStarts
 
 ON_OFFICIAL = {
     *("shelf-place", "disassemble", "dial-turn"),
@@ -65,7 +66,8 @@ def cache(tmp_path, monkeypatch):
 def test_the_table_covers_every_task():
     assert tuple(FIDELITY) == ALL_TASKS
     assert {task for task, row in FIDELITY.items() if row.engine == "official"} == ON_OFFICIAL
-    assert {task for task, row in FIDELITY.items() if row.correction} == {"hammer", "button-press-topdown-wall"}
+    corrected = {"hammer", "button-press-topdown-wall", "window-close"}
+    assert {task for task, row in FIDELITY.items() if row.correction} == corrected
     for task, row in FIDELITY.items():
         assert (row.reason == "agrees") == (row.measured == ""), task
         assert row.correction is None or row.engine == "envpool", task
@@ -98,7 +100,10 @@ def test_refusals(changes, message):
 
 
 def test_one_line_says_what_runs_where():
-    assert describe_engines(MT10, "auto", "random") == "10 tasks on EnvPool; goals: random"
+    assert describe_engines(MT10, "auto", "random") == (
+        "10 tasks on EnvPool, corrected: window-close "
+        "(first observation shows the window open, the official one shut); goals: random"
+    )
     assert describe_engines(("reach", "hammer", "sweep", "soccer", "dial-turn"), "auto", "fixed") == (
         "2 tasks on EnvPool, corrected: hammer (goal drifts at every reset); "
         "3 tasks on the official package: sweep, soccer (reward shaped with another margin), "
@@ -290,6 +295,26 @@ def test_topdown_walls_reward_is_the_official_one():
     assert max(errors) <= 1e-6
     assert max(corrections) > 1
     assert max(pressing) > 0.5
+
+
+@pytest.mark.parametrize("goals", ["random", "fixed"])
+def test_window_closes_first_observations_are_the_official_ones(goals):
+    """Episode after episode, against an official environment put to the same start."""
+    length, shut = 4, []
+    official = OfficialStarts("window-close", seed=0)
+    actions = np.random.default_rng(0).uniform(-1, 1, (3 * length, 4)).astype(np.float32)
+    with make_envs(("window-close",), 1, length, seed=0, engine="envpool", goals=goals) as e:
+        shown = [e.reset()[0, 0]]
+        for action in actions:
+            step = e.step(action[None, None])
+            shown.append(step.next_obs[0, 0])
+            if step.truncated.all():
+                wanted = [official.reset_at(np.array([0, shown[0][37], 0.2]))]
+                wanted += [official.env.step(past)[0] for past in actions[len(shut) * length :][:length]]
+                np.testing.assert_allclose(shown, wanted, atol=1e-4)  # two versions of MuJoCo
+                shut.append(shown[1][4] - shown[0][4])
+                shown = [step.obs[0, 0]]
+    np.testing.assert_allclose(shut, [0.2] * 3, atol=1e-3)
 
 
 def test_hammers_goal_stays_and_its_expert_succeeds_episode_after_episode():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from d2r_fast.envs.corrections import first_handle, open_gripper_reward
 from d2r_fast.envs.fidelity_table import FIDELITY
 from d2r_fast.envs.metaworld import (
     ACTION_SIZE,
@@ -130,8 +131,11 @@ class EnvPoolEnvs(MultiTaskEnvs):
         )
         for k in range(self.n_tasks):
             next_obs, reward, terminated, truncated, info = self._pools[k].recv()
-            if FIDELITY[self.tasks[k]].correction == "open_gripper_reward":
+            correction = FIDELITY[self.tasks[k]].correction
+            if correction == "open_gripper_reward":
                 reward = open_gripper_reward(reward, next_obs, info["grasp_reward"])
+            elif correction == "first_handle":
+                next_obs = first_handle(next_obs, info["elapsed_step"])
             step.next_obs[k], step.reward[k] = next_obs, reward
             step.success[k] = info["success"]
             step.truncated[k] = truncated
@@ -175,24 +179,12 @@ class EnvPoolEnvs(MultiTaskEnvs):
         obs, info = self._pools[k].recv(reset=True)
         if info["elapsed_step"].any():
             raise RuntimeError(f"EnvPool did not reset {self.tasks[k]}: elapsed_step={info['elapsed_step']}")
+        if FIDELITY[self.tasks[k]].correction == "first_handle":
+            obs = first_handle(obs, info["elapsed_step"])
         return obs
 
     def _empty(self, *width: int) -> np.ndarray:
         return np.empty((self.n_tasks, self.envs_per_task, *width), np.float32)
-
-
-def open_gripper_reward(reward: np.ndarray, obs: np.ndarray, near_button: np.ndarray) -> np.ndarray:
-    """button-press-topdown-wall's reward as Meta-World 3.1.1 gives it, for an open gripper; EnvPool's is 3.0.0's, for a
-    closed one. reward [n]; obs [n,39] that the step led to; near_button [n]: EnvPool's info["grasp_reward"].
-    """
-    opening = obs[:, 3]
-    return reward + 5 * (_hamacher(np.maximum(opening, 0), near_button) - _hamacher(1 - opening, near_button))
-
-
-def _hamacher(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The Hamacher product ab / (a + b - ab), 0 where both are 0."""
-    denominator = a + b - a * b
-    return np.divide(a * b, denominator, out=np.zeros_like(denominator), where=denominator > 0)
 
 
 def envpool_name(task: str) -> str:
