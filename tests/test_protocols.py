@@ -91,7 +91,7 @@ def test_engine_protocols_count_whole_episodes(agent):
     """Against episodes stepped by hand, with the greedy mean action."""
     tasks, n, rounds, length = ("reach", "drawer-close"), 40, 2, 30
     spec = ProtocolSpec("fast", episodes=n * rounds, episode_length=length, engine="envpool", goals="random")
-    result = evaluate_protocol(GreedyPolicy(agent.actor), tasks, spec, seed=4)
+    result = evaluate_protocol(GreedyPolicy(agent.actor), tasks, spec, seed=4, envs_per_task=n)
     solved, total = np.zeros((rounds, 2, n), bool), np.zeros(2)
     ids = torch.arange(2).repeat_interleave(n)
     with make_envs(tasks, n, length, 4, engine="envpool") as envs:
