@@ -25,8 +25,8 @@ import numpy as np
 import psutil
 
 from d2r_fast.envs import ALL_TASKS, MT10, EnvPoolEnvs
+from d2r_fast.envs.metaworld import usable_cores
 from d2r_fast.envs.official import OfficialEnvs
-from d2r_fast.workers import usable_cores
 
 SUITES = {"mt10": MT10, "mt50": ALL_TASKS}
 # By suite, for each run to take less than six minutes on two cores.
@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, default="mt10")
     parser.add_argument("--seconds", type=float, default=1.0, help="stepping time of a slice")
-    parser.add_argument("--repeats", type=int, default=4, help="slices of each of our variants")
+    parser.add_argument("--repeats", type=int, default=3, help="slices of each of our variants")
     parser.add_argument("--envs-per-task", type=lambda text: [int(n) for n in text.split(",")], metavar="N,N,..")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--serve", help=argparse.SUPPRESS)  # what Variant asks of its process

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from d2r_fast.envs import ALL_TASKS, make_envs
 from d2r_fast.envs.fidelity_table import EngineChoice
+from d2r_fast.envs.metaworld import usable_cores
 from d2r_fast.envs.official_starts import START_TOLERANCE, OfficialStarts
 from d2r_fast.eval_policies import expert_agent
 from d2r_fast.evaluate import Played, play
-from d2r_fast.workers import usable_cores, worker_pool
+from d2r_fast.workers import worker_pool
 
 RETURN_TOLERANCE = 0.1
 FAMILY_ERROR = 0.05

@@ -16,11 +16,10 @@ from tqdm import tqdm
 
 from d2r_fast.envs import make_envs
 from d2r_fast.envs.fidelity_table import EngineChoice
-from d2r_fast.envs.metaworld import Goals
+from d2r_fast.envs.metaworld import Goals, usable_cores
 from d2r_fast.eval_policies import EvalPolicy
 from d2r_fast.evaluate import play
 from d2r_fast.official_protocol import run_official
-from d2r_fast.workers import usable_cores
 
 ProtocolName = Literal["fast", "published", "official"]
 

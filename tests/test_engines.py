@@ -91,6 +91,7 @@ def test_choice_of_engines():
         ({"engine": "envpool", "goals": "official"}, 'goals: EnvPool offers .* got "official".*engine="official"'),
         ({"tasks": ("reach", "sweeep")}, 'unknown task "sweeep" at position 2, did you mean "sweep"'),
         ({"tasks": ("sweep", "reach"), "envs_per_task": 0}, "envs_per_task=0"),
+        ({"tasks": ("sweep", "reach"), "n_workers": 0}, "n_workers=0"),
     ],
 )
 def test_refusals(changes, message):
@@ -143,6 +144,7 @@ def test_mixed_tasks_are_those_of_the_single_engines():
     assert isinstance(mixed, MixedEnvs)
     assert (mixed.tasks, mixed.n_tasks, mixed.envs_per_task, mixed.episode_length) == (MIXED, 4, N, LENGTH)
     first, ours = rollout(mixed, actions)
+    assert mixed._parts[1][0].n_workers == min(len(os.sched_getaffinity(0)), 2 * N)
     for rows, part in [
         ([0, 2], OfficialEnvs(("dial-turn", "sweep"), N, LENGTH, 5, 0.5)),
         ([1, 3], EnvPoolEnvs(("reach", "drawer-close"), N, LENGTH, 5, 0.5, positions=[1, 3])),
@@ -159,6 +161,13 @@ def test_mixed_tasks_are_those_of_the_single_engines():
     same_first, same_steps = rollout(same, actions)
     np.testing.assert_array_equal(first[[1, 3]], same_first[[1, 3]])
     np.testing.assert_array_equal(ours.reward[:, [1, 3]], same_steps.reward[:, [1, 3]])
+
+
+def test_the_number_of_workers_reaches_the_official_engine():
+    for tasks in (MIXED, ("dial-turn", "sweep")):
+        with make_envs(tasks, N, LENGTH, 5, n_workers=1) as envs:
+            official = envs if len(tasks) == 2 else envs._parts[1][0]
+            assert (official.n_workers, len(official._processes)) == (1, 1)
 
 
 def test_mixed_errors_and_close_reach_the_caller(monkeypatch):

@@ -71,7 +71,7 @@ def test_tasks_keep_the_ids_they_were_trained_with():
     """Experts whose order disagrees with the task order act for the wrong tasks, and fail."""
     disordered = expert_agent(("window-open", "window-close"))
     tasks = ("window-close", "window-open")
-    for spec in (SHORT, PUBLISHED._replace(episodes=8)):
+    for spec in (SHORT, PUBLISHED._replace(episodes=4)):
         assert evaluate_protocol(expert_agent(tasks), tasks, spec, seed=0, n_workers=2).success == [1, 1]
         assert evaluate_protocol(disordered, tasks, spec, seed=0, n_workers=2).mean_success < 1
 

@@ -1,7 +1,6 @@
 """Meta-World through EnvPool: the simulations run in C++ threads, one pool of environments a task."""
 
 import math
-import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -19,7 +18,9 @@ from d2r_fast.envs.metaworld import (
     MultiTaskEnvs,
     Step,
     check_action,
+    check_sizes,
     check_tasks,
+    usable_cores,
 )
 from d2r_fast.envs.scenes import hammer_base_path
 
@@ -62,17 +63,9 @@ class EnvPoolEnvs(MultiTaskEnvs):
         if positions is None:
             positions = range(len(tasks))
         if num_threads is None:
-            num_threads = min(envs_per_task, math.ceil(len(os.sched_getaffinity(0)) / len(tasks)))
-        for name, value in [
-            ("envs_per_task", envs_per_task),
-            ("episode_length", episode_length),
-            ("num_threads", num_threads),
-        ]:
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            num_threads = min(envs_per_task, math.ceil(usable_cores() / len(tasks)))
         n_seeds = len(ALL_TASKS) if goals == "fixed" else (max(positions) + 1) * envs_per_task
-        if not 0 <= seed <= 2**31 - n_seeds:
-            raise ValueError(f"seed={seed} must lie in 0..{2**31 - n_seeds}: EnvPool's {n_seeds} seeds are 32-bit")
+        check_sizes(seed, n_seeds, envs_per_task=envs_per_task, episode_length=episode_length, num_threads=num_threads)
 
         self.tasks = tuple(tasks)
         self.envs_per_task = envs_per_task
