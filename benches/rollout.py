@@ -30,7 +30,7 @@ from d2r_fast.envs.official import OfficialEnvs
 
 SUITES = {"mt10": MT10, "mt50": ALL_TASKS}
 # By suite, for each run to take less than six minutes on two cores.
-ENVS_PER_TASK = {"mt10": [1, 2, 4, 8], "mt50": [1, 2, 4]}
+ENVS_PER_TASK = {"mt10": [1, 2, 4, 8], "mt50": [1, 2]}
 EPISODE = 500
 SYNC = {"variant": "gymnasium sync", "engine": "gymnasium", "strategy": "sync", "envs_per_task": 1, "threads": 1}
 MIB_PER_PROCESS, MIB_PER_ENV = 130, 25  # measured, to leave out what would not fit
@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, default="mt10")
     parser.add_argument("--seconds", type=float, default=1.0, help="stepping time of a slice")
-    parser.add_argument("--repeats", type=int, default=3, help="slices of each of our variants")
+    parser.add_argument("--repeats", type=int, default=4, help="slices of each of our variants")
     parser.add_argument("--envs-per-task", type=lambda text: [int(n) for n in text.split(",")], metavar="N,N,..")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--serve", help=argparse.SUPPRESS)  # what Variant asks of its process
