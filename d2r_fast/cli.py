@@ -1,4 +1,4 @@
-"""The command line: d2r train | eval | presets | info."""
+"""The command line: d2r train | eval | fidelity | presets | info."""
 
 import dataclasses
 import json
@@ -14,24 +14,29 @@ import torch
 import tyro
 
 from d2r_fast.checkpoint import find_checkpoint, load_checkpoint
-from d2r_fast.config import EvalConfig, RunConfig
-from d2r_fast.envs import describe_engines
-from d2r_fast.evaluate import evaluate
+from d2r_fast.config import RunConfig
+from d2r_fast.envs import describe_engines, parse_tasks
+from d2r_fast.envs.fidelity_table import EngineChoice
+from d2r_fast.eval_command import check_output, evaluate_command
+from d2r_fast.fidelity import run_fidelity
 from d2r_fast.metrics import read_metrics
 from d2r_fast.ops.backends import availability
 from d2r_fast.presets import PRESETS, config_from_json, load_config
 from d2r_fast.report import success_table, write_report
-from d2r_fast.trainer import EVAL_COMMAND, Trainer, choose_device, make_agent, stream_seed
+from d2r_fast.trainer import Trainer
 
 USAGE = """usage: d2r COMMAND ...
 
   d2r train PRESET [--FIELD VALUE ...] [--run-dir DIR]   train; PRESET may be a run's config.json
   d2r train --resume RUN [--FIELD VALUE ...]             go on from a run directory's newest checkpoint
-  d2r eval RUN_OR_CHECKPOINT [--json FILE]               success per task of a saved agent
+  d2r eval RUN_OR_CHECKPOINT [--protocol fast|published|official] [--json FILE]
+                                                         success per task of a saved agent
+  d2r fidelity [--tasks TASKS] [--json FILE] [--markdown FILE]
+                                                         our environments against the official package
   d2r presets                                            the presets and what they are for
   d2r info                                               versions, devices and backends
 
-d2r train PRESET --help lists every field.
+d2r train PRESET --help, d2r eval --help and d2r fidelity --help list every option.
 """
 
 # What a resumed run may change: nothing that the saved state was made with.
@@ -41,7 +46,7 @@ RESUMABLE_FIELDS = {"total_steps", "device", "eval", "checkpoint_every_chunks", 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. What is wrong with the input is one line on standard error."""
     args = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "eval": _eval, "presets": _presets, "info": _info}
+    commands = {"train": _train, "eval": evaluate_command, "fidelity": _fidelity, "presets": _presets, "info": _info}
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if args else 2
@@ -131,39 +136,46 @@ def _run(trainer: Trainer) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalArgs:
-    """Evaluate a saved agent: greedy routes, mean action, random goals, success at any step."""
+class FidelityArgs:
+    """Compare our environments with the official package: scripted experts, consecutive episodes, paired starts.
 
-    run: tyro.conf.Positional[Path]
-    """A run directory (its newest checkpoint) or a checkpoint file."""
-    episodes: int = 32
-    """Episodes a task; a multiple of --envs-per-task."""
-    envs_per_task: int = 8
-    """Environments a task that step together."""
+    All 50 tasks take six minutes on two cores. The exit status is 0 if every task agrees.
+    """
+
+    tasks: str = "MT50"
+    """MT10, MT25, MT50, MT1-<task>, or a comma-separated list."""
+    episodes: int = 3
+    """Consecutive episodes in each environment; at least 2, since drift shows from the second on."""
+    engine: EngineChoice = "auto"
+    """What to compare: the engine that the fidelity table names for each task, or one for all."""
+    envs_per_task: int = 6
+    """Environments a task: with the episodes, the pairs that a verdict rests on."""
     seed: int = 0
     """Seeds the goals."""
     json: Path | None = None
-    """Write the result here too."""
+    """Write the report here as JSON."""
+    markdown: Path | None = None
+    """Write the printed table here."""
 
 
-def _eval(args: list[str]) -> int:
-    wanted = tyro.cli(EvalArgs, prog="d2r eval", args=args)
-    path = find_checkpoint(wanted.run)
-    state = load_checkpoint(path)
-    cfg = config_from_json(state["config"], str(path))
-    agent = make_agent(cfg, choose_device("auto"))
-    agent.load_state_dict(state["agent"])
-    eval_cfg = EvalConfig(episodes=wanted.episodes, envs_per_task=wanted.envs_per_task)
-    env = cfg.env
-    seed = stream_seed(wanted.seed, EVAL_COMMAND)
-    result = evaluate(agent, cfg.task_names, env.episode_length, eval_cfg, seed, env.engine, env.goals)
-    print(f"{path}: {state['steps']:,} steps a task, {env.episode_length}-step episodes, {env.goals} goals")
-    print(success_table(cfg.task_names, result.success, result.episode_return, result.episodes))
+def _fidelity(args: list[str]) -> int:
+    wanted = tyro.cli(FidelityArgs, prog="d2r fidelity", args=args)
+    check_output(wanted.json)
+    check_output(wanted.markdown)
+    report = run_fidelity(
+        parse_tasks(wanted.tasks),
+        wanted.episodes,
+        wanted.engine,
+        wanted.envs_per_task,
+        seed=wanted.seed,
+        show_progress=True,
+    )
+    print(report.markdown())
     if wanted.json is not None:
-        record = {"checkpoint": str(path), "steps": state["steps"], "tasks": cfg.task_names, "seed": wanted.seed}
-        record |= {"episode_length": cfg.env.episode_length, "mean_success": result.mean_success, **result._asdict()}
-        wanted.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return 0
+        wanted.json.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if wanted.markdown is not None:
+        wanted.markdown.write_text(report.markdown(), encoding="utf-8")
+    return 0 if report.ok else 1
 
 
 def _require_no_arguments(args: list[str]) -> None:

@@ -5,28 +5,24 @@ observation shows, and the same expert plays it there. So the pairs differ only 
 """
 
 import dataclasses
-import json
 import math
-import os
-import pickle
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from importlib import metadata
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from d2r_fast.envs import ALL_TASKS, make_envs, parse_tasks
+from d2r_fast.envs import ALL_TASKS, make_envs
 from d2r_fast.envs.fidelity_table import EngineChoice
-from d2r_fast.envs.metaworld import OBS_SIZE
-from d2r_fast.protocols import expert_agent, worker_pool
+from d2r_fast.envs.metaworld import usable_cores
+from d2r_fast.envs.official_starts import START_TOLERANCE, OfficialStarts
+from d2r_fast.eval_policies import expert_agent
+from d2r_fast.evaluate import Played, play
+from d2r_fast.workers import worker_pool
 
-POSITIONS = np.r_[0:3, 4:7, 11:14, 36:39]
-"""Hand, first object, second object and goal within an observation, in metres; the rest are angles or seen before."""
-START_TOLERANCE = 0.01
 RETURN_TOLERANCE = 0.1
 FAMILY_ERROR = 0.05
 RULE = f"""The start error is the largest distance, along an axis, of what an episode's first observation shows (hand,
@@ -37,14 +33,6 @@ not. It **differs** if the first does, if success differs (exact McNemar test on
 of the official mean and four of its standard errors. Otherwise it is **ok**."""
 
 TASKS_AT_ONCE = 10
-
-
-class Played(NamedTuple):
-    """Episodes of one task: arrays over E episodes and n environments."""
-
-    start: np.ndarray  # [E,n,39] first observation
-    success: np.ndarray  # [E,n] bool, at any step
-    episode_return: np.ndarray  # [E,n]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,44 +122,22 @@ def run_fidelity(
     ours: list[Played] = []
     jobs: list[Future[tuple[Played, np.ndarray]]] = []
     with (
-        worker_pool(min(len(os.sched_getaffinity(0)), len(tasks))) as pool,
+        worker_pool(min(usable_cores(), len(tasks))) as pool,
         tqdm(total=2 * len(tasks), unit="task", desc="fidelity", disable=not show_progress) as bar,
     ):
         for at in range(0, len(tasks), TASKS_AT_ONCE):  # a few at once: 50 pools would need gigabytes
             some = tuple(tasks[at : at + TASKS_AT_ONCE])
-            ours += play(some, episodes, engine, envs_per_task, episode_length, seed)
+            with make_envs(some, envs_per_task, episode_length, seed, engine=engine) as envs:
+                played = play(expert_agent(some), envs, episodes)
+            ours += [Played(*(field[:, k] for field in played)) for k in range(len(some))]
             bar.update(len(some))
-            for task, played in zip(some, ours[at:], strict=True):
-                jobs.append(pool.submit(play_official, task, played.start, episode_length, seed))
+            for task, its in zip(some, ours[at:], strict=True):
+                jobs.append(pool.submit(play_official, task, its.start, episode_length, seed))
                 jobs[-1].add_done_callback(lambda _: bar.update())
         rows = [judge(task, o, *job.result(), len(tasks)) for task, o, job in zip(tasks, ours, jobs, strict=True)]
     versions = {name: metadata.version(name) for name in ("envpool", "metaworld", "mujoco")}
     seconds = time.perf_counter() - begin
     return FidelityReport(engine, episodes, envs_per_task, episode_length, seed, versions, seconds, rows)
-
-
-def play(
-    tasks: tuple[str, ...], episodes: int, engine: EngineChoice, envs_per_task: int, episode_length: int, seed: int
-) -> list[Played]:
-    """The experts' consecutive episodes on what `make_envs` hands out, task by task."""
-    shape = (len(tasks), envs_per_task)
-    task_id = np.eye(len(tasks), dtype=np.float32).repeat(envs_per_task, 0)
-    experts = expert_agent(tasks)
-    start, success = np.empty((episodes, *shape, OBS_SIZE), np.float32), np.zeros((episodes, *shape), bool)
-    episode_return = np.zeros((episodes, *shape))
-    with make_envs(tasks, envs_per_task, episode_length, seed, engine=engine) as envs:
-        obs = envs.reset()
-        for e in range(episodes):
-            start[e] = obs
-            for _ in range(episode_length):
-                action = experts.eval_action(np.concatenate([obs.reshape(len(task_id), -1), task_id], 1))
-                step = envs.step(action.reshape(*shape, -1))
-                success[e] |= step.success
-                episode_return[e] += step.reward
-                obs = step.obs
-            if not step.truncated.all():
-                raise RuntimeError(f"episodes of {episode_length} steps did not end together: {step.truncated}")
-    return [Played(start[:, k], success[:, k], episode_return[:, k]) for k in range(len(tasks))]
 
 
 def play_official(task: str, start: np.ndarray, episode_length: int, seed: int) -> tuple[Played, np.ndarray]:
@@ -195,94 +161,6 @@ def play_official(task: str, start: np.ndarray, episode_length: int, seed: int) 
                 played.success[e, i] |= info["success"] == 1
                 played.episode_return[e, i] += reward
     return played, distance
-
-
-class OfficialStarts:
-    """One official environment that can be reset to the start that an observation shows.
-
-    A reset places things by a random vector. Where they end up is linear in it (nearly so in a few tasks), so that the
-    vector follows from positions by least squares, within the official range.
-    """
-
-    def __init__(self, task: str, seed: int):
-        from metaworld import ALL_V3_ENVIRONMENTS, Task
-
-        env_class: Any = ALL_V3_ENVIRONMENTS[f"{task}-v3"]
-        self.task = task
-        self.env = env_class()
-        space = self.env._random_reset_space
-        self._low, self._high = space.low, space.high
-        data = {"rand_vec": self._low, "env_cls": env_class, "partially_observable": False}
-        self.env.set_task(Task(env_name=f"{task}-v3", data=pickle.dumps(data)))
-        self.env._get_state_rand_vec = self._next_vector
-        self._rng = np.random.default_rng(seed)
-        # Which parts of the vector move something; none does until it is known.
-        self._visible = np.zeros(len(self._low), bool)
-        varied = self._high > self._low
-        drawn, shown = [], []
-        for _ in range(int(varied.sum()) + 5):
-            shown.append(self.reset_at(self._draw())[POSITIONS])
-            drawn.append(self._vector)
-        vectors, positions = np.array(drawn), np.array(shown)
-        self._centre, self._origin = vectors.mean(0), positions.mean(0)
-        # positions - origin = (vector - centre) @ slope
-        self._slope = np.zeros((len(self._low), len(POSITIONS)))
-        self._slope[varied] = np.linalg.lstsq((vectors - self._centre)[:, varied], positions - self._origin)[0]
-        self._visible = np.abs(self._slope).max(1) > 0.01
-        residual = positions - self._origin - (vectors - self._centre) @ self._slope
-        # What the simulation pushes about during the reset (disassemble's nut) says little about the vector.
-        self._weight = 1 / (1e-7 + np.linalg.norm(residual, axis=0))
-
-    def reset_at(self, vector: np.ndarray) -> np.ndarray:
-        """Reset by `vector`, or by one close to it if the task refuses it; returns the first observation [39]."""
-        # A reset places things twice, before and after it clears the simulation, and some observations show where they
-        # were before. The official benchmarks place them by the same vector both times, so it is settled first.
-        self._vector, self._calls, self._settled = vector, 0, False
-        self.env.reset_model()
-        self._settled = True
-        obs, _ = self.env.reset()
-        return obs
-
-    def reset_near(self, obs: np.ndarray) -> tuple[np.ndarray, float]:
-        """Reset to the possible start nearest to obs [39]; returns the first observation there, and the start error.
-
-        Where a reset makes things collide (disassemble), a hair in the vector can move an object by centimetres, and a
-        float32 observation does not tell it. What such a hair does to the official start is taken off the error.
-        """
-        wanted = obs[POSITIONS].astype(np.float64)
-        vector, found, best = self._centre, self._origin, (np.inf, self._centre)
-        for _ in range(2):  # the second round corrects the tasks that are not quite linear
-            shift = np.linalg.lstsq((self._slope * self._weight).T, (wanted - found) * self._weight, rcond=1e-9)[0]
-            first = self.reset_at(np.clip(vector + shift, self._low, self._high))
-            vector, found = self._vector, first[POSITIONS]
-            error = float(np.abs(found - wanted).max())
-            if error < 1e-6:
-                return first, error
-            if error < best[0]:
-                best = error, vector
-        error, vector = best
-        first = self.reset_at(vector)
-        if error <= START_TOLERANCE:
-            return first, error
-        hairs = self._rng.normal(0, 1e-7, (4, len(vector)))
-        moved = [np.abs(self.reset_at(vector + hair)[POSITIONS] - first[POSITIONS]).max() for hair in hairs]
-        return self.reset_at(vector), max(0.0, error - float(max(moved)))
-
-    def _next_vector(self) -> np.ndarray:
-        # Asked more than once, the task refuses the vector, as putting things too close together, and would go on so.
-        # So parts that move nothing are drawn anew; if that does not help for long, the others follow by and by.
-        if not self._settled:
-            self._calls += 1
-            if self._calls > 1000:
-                raise RuntimeError(f"{self.task}: found no start that the official environment accepts")
-            if self._calls > 1:
-                follow = 0.0 if self._calls < 100 else min(1.0, 0.001 * 1.02 ** (self._calls - 100))
-                share = np.where(self._visible, follow, 1.0)
-                self._vector = (1 - share) * self._vector + share * self._draw()
-        return self._vector
-
-    def _draw(self) -> np.ndarray:
-        return self._rng.uniform(self._low, self._high)
 
 
 def judge(task: str, ours: Played, official: Played, distance: np.ndarray, n_tasks: int) -> TaskFidelity:
@@ -324,22 +202,3 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     n, k = int((a != b).sum()), int((a & ~b).sum())
     tail = sum(math.comb(n, j) for j in range(min(k, n - k) + 1)) / 2**n
     return min(1.0, 2 * tail)
-
-
-def main_fidelity(
-    tasks: str = "MT50",
-    episodes: int = 3,
-    engine: EngineChoice = "auto",
-    envs_per_task: int = 6,
-    seed: int = 0,
-    json_file: Path | None = None,
-    markdown_file: Path | None = None,
-) -> int:
-    """What `d2r fidelity` does: print the table, write it where asked; returns 0 if every task is ok, else 1."""
-    report = run_fidelity(parse_tasks(tasks), episodes, engine, envs_per_task, seed=seed, show_progress=True)
-    print(report.markdown())
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-    if markdown_file is not None:
-        markdown_file.write_text(report.markdown(), encoding="utf-8")
-    return 0 if report.ok else 1

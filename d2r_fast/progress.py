@@ -4,7 +4,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 from tqdm import tqdm
@@ -59,10 +59,21 @@ class Progress:
         self._bar.write(line)
 
     def times(self) -> dict[str, float]:
-        """Seconds since this process began the run, in all and of each phase; and the memory it holds, in MiB."""
+        """Seconds since this process began the run, in all and of each phase; and the memory it holds, in MiB, beside
+        that of its worker processes (where several share pages, each counts them).
+        """
         seconds = {"wall": time.perf_counter() - self._start, **self._seconds}
-        memory = psutil.Process().memory_info().rss / 2**20
-        return {**{name: round(value, 3) for name, value in seconds.items()}, "rss_mib": round(memory)}
+        process = psutil.Process()
+        memory = {"rss_mib": _rss_mib([process]), "workers_rss_mib": _rss_mib(process.children(recursive=True))}
+        return {name: round(value, 3) for name, value in seconds.items()} | memory
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _rss_mib(processes: list[psutil.Process]) -> int:
+    total = 0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # one may have ended since it was listed
+            total += process.memory_info().rss
+    return round(total / 2**20)

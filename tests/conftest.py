@@ -48,3 +48,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield name
     if isa:
         use_instruction_set(instruction_sets()[0])
+
+
+@pytest.fixture(scope="module")
+def restore_torch_switches() -> Iterator[None]:
+    """A deterministic run switches torch over for its whole process, which here belongs to other tests too."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = fill

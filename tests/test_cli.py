@@ -1,36 +1,31 @@
 """The command line: what each command does, and that wrong input is told before anything is made."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tiny
 import torch
 
 from d2r_fast import cli
 from d2r_fast.checkpoint import checkpoint_files, find_checkpoint
-from d2r_fast.config import EnvConfig, EvalConfig, NetConfig, RunConfig
 from d2r_fast.presets import PRESETS, config_to_json, load_config
 
-TINY = RunConfig(
-    name="tiny",
-    device="cpu",
+TINY = dataclasses.replace(
+    tiny.RUN,
     deterministic=True,
-    env=EnvConfig(tasks="reach,drawer-close", envs_per_task=1, episode_length=5),
-    net=NetConfig(n_modules=4, top_k=2, module_width=8, base_width=16, route_widths=(8,)),
-    eval=EvalConfig(every_chunks=2, episodes=1, envs_per_task=1),
+    env=dataclasses.replace(tiny.RUN.env, envs_per_task=1),
+    eval=dataclasses.replace(tiny.RUN.eval, every_chunks=2),
     total_steps=20,
     warmup_steps=10,
     chunk_steps=5,
-    updates_per_step=0.5,
-    batch_size=8,
     replay_capacity=100,
-    checkpoint_every_chunks=2,
 )
 # The same sizes on top of a preset.
 OVERRIDES = shlex.split("""
@@ -42,6 +37,8 @@ OVERRIDES = shlex.split("""
 """)
 
 PRESET_NAMES = ", ".join(PRESETS)
+
+pytestmark = pytest.mark.usefixtures("restore_torch_switches")
 
 
 class Outcome(NamedTuple):
@@ -62,16 +59,6 @@ def d2r(*args: str) -> Outcome:
     return Outcome(code, out.getvalue(), " ".join(err.getvalue().split()))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def restore_torch_switches() -> Iterator[None]:
-    """A deterministic run switches torch over for its whole process, which here belongs to other tests too."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test works in an empty folder, where it shows what a command creates."""
@@ -79,7 +66,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_json(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of a configuration that trains in a second, so that input accepted by mistake does not train for hours."""
     path = tmp_path_factory.mktemp("tiny") / "tiny.json"
     path.write_text(config_to_json(TINY))
@@ -178,45 +165,100 @@ def test_resume_works_from_inside_the_run(run, monkeypatch):
     assert (outcome.code, "finished" in outcome.out) == (0, True)
 
 
-def test_diverging_training_is_one_line_and_no_traceback(tiny, tmp_path):
-    outcome = d2r("train", tiny, "--env.reward-scale", "1e30", "--run-dir", "run")
+def test_diverging_training_is_one_line_and_no_traceback(tiny_json, tmp_path):
+    outcome = d2r("train", tiny_json, "--env.reward-scale", "1e30", "--run-dir", "run")
     assert outcome.code == 1
     assert "d2r train: updates 1..2: loss/critic[0] is inf; training has diverged" in outcome.err
     assert [path.name for path in checkpoint_files(tmp_path / "run")] == ["step-0000000010.pt"]
 
 
-def test_eval_of_a_run_and_of_a_checkpoint_file(run, tmp_path):
+def record_of(path: str) -> dict:
+    """A result without its clock."""
+    return {k: v for k, v in json.loads(Path(path).read_text()).items() if k != "seconds"}
+
+
+def test_eval_of_a_run_and_of_a_checkpoint_file(run):
     options = ("--episodes", "2", "--envs-per-task", "2")
     newest = find_checkpoint(run)
     outcome = d2r("eval", str(run), *options, "--json", "a.json")
     assert outcome.code == 0
-    record = json.loads((tmp_path / "a.json").read_text())
+    record = record_of("a.json")
     assert record["checkpoint"] == str(newest)
-    assert (record["steps"], record["seed"], record["episodes"], record["episode_length"]) == (30, 0, 2, 5)
+    protocol = {"name": "fast", "episodes": 2, "episode_length": 5, "engine": "auto", "goals": "random"}
+    assert protocol.items() <= record["protocol"].items()
+    assert (record["steps"], record["seed"]) == (30, 0)
     assert record["tasks"] == ["reach", "drawer-close"]
     assert record["mean_success"] == sum(record["success"]) / 2
     assert [len(use) for use in record["module_use"]] == [4, 4]
     lines = outcome.out.splitlines()
-    assert lines[0] == f"{newest}: 30 steps a task, 5-step episodes, random goals"
-    for task, success, value in zip(record["tasks"], record["success"], record["episode_return"], strict=True):
-        assert [task, f"{success:.2f}", f"{value:.0f}"] in [line.split() for line in lines]
+    assert lines[:2] == [f"{newest}: 30 steps a task", record["protocol"]["text"]]
+    assert lines[1] == "fast protocol: 5 steps, random goals, 2 episodes a task (auto)"
+    for k, task in enumerate(record["tasks"]):
+        low, high = record["success_interval"][k]
+        row = [task, f"{record['success'][k]:.2f}", f"{low:.2f}", "to", f"{high:.2f}"]
+        assert [*row, f"{record['episode_return'][k]:.0f}"] in [line.split() for line in lines]
 
     assert d2r("eval", str(newest), *options, "--json", "b.json").code == 0
-    assert json.loads((tmp_path / "b.json").read_text()) == record
+    assert record_of("b.json") == record
     assert d2r("eval", str(newest), *options, "--seed", "1", "--json", "c.json").code == 0
-    other = json.loads((tmp_path / "c.json").read_text())
-    assert other["episode_return"] != record["episode_return"]
+    assert record_of("c.json")["episode_return"] != record["episode_return"]
 
     earlier = checkpoint_files(run)[0]
     assert d2r("eval", str(earlier), *options, "--json", "d.json").code == 0
-    assert json.loads((tmp_path / "d.json").read_text())["steps"] == 10
+    assert record_of("d.json")["steps"] == 10
 
 
-def test_paths_that_cannot_be_written_are_one_line(run, tiny, tmp_path):
+def test_eval_protocols(run):
+    """Each with its own settings, whatever the run was trained with."""
+    for protocol, length, goals, engine in [
+        ("published", 200, "random", "auto"),
+        ("official", 500, "official", "official"),
+    ]:
+        outcome = d2r("eval", str(run), "--protocol", protocol, "--episodes", "1", "--json", "result.json")
+        assert outcome.code == 0
+        record = record_of("result.json")
+        settings = {"name": protocol, "episodes": 1, "episode_length": length, "engine": engine, "goals": goals}
+        assert settings.items() <= record["protocol"].items()
+        assert f"{protocol} protocol: {length} steps" in outcome.out
+        assert "1 episodes a task instead of" in outcome.out
+        assert len(record["success"]) == len(record["success_interval"]) == 2
+        assert ("module_use" in record) == (protocol == "published")
+
+
+def test_eval_of_the_scripted_experts():
+    arguments = ("--experts", "drawer-close", "--protocol", "official", "--episodes", "2", "--json", "experts.json")
+    outcome = d2r("eval", *arguments)
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[0] == "scripted experts"
+    record = record_of("experts.json")
+    assert (record["policy"], record["tasks"], record["success"]) == ("scripted experts", ["drawer-close"], [1.0])
+
+
+def test_fidelity(tmp_path):
+    arguments = ("--tasks", "drawer-close", "--episodes", "2", "--envs-per-task", "1")
+    outcome = d2r("fidelity", *arguments, "--json", "report.json", "--markdown", "report.md")
+    assert outcome.code == 0
+    assert "1 of 1 tasks ok" in outcome.out
+    assert outcome.out.strip() == (tmp_path / "report.md").read_text().strip()
+    record = json.loads((tmp_path / "report.json").read_text())
+    assert [(row["task"], row["verdict"], row["pairs"]) for row in record["tasks"]] == [("drawer-close", "ok", 2)]
+    assert (record["ok"], record["episodes"], record["envs_per_task"]) == (True, 2, 1)
+
+
+def test_fidelity_of_a_wrong_engine_is_a_failure():
+    with pytest.warns(UserWarning, match="EnvPool differs"):
+        outcome = d2r("fidelity", *shlex.split("--tasks shelf-place --engine envpool --episodes 2 --envs-per-task 1"))
+    assert outcome.code == 1
+    assert "| shelf-place | **drifts**" in outcome.out
+
+
+def test_paths_that_cannot_be_written_are_one_line(run, tiny_json, tmp_path):
     outcome = d2r("eval", "run", "--episodes", "1", "--envs-per-task", "1", "--json", ".")
     assert (outcome.code, outcome.err) == (1, "d2r eval: [Errno 21] Is a directory: '.'")
+    outcome = d2r("fidelity", "--markdown", "none/report.md")
+    assert outcome == (1, "", "d2r fidelity: [Errno 2] No such file or directory: 'none/report.md'")
     (tmp_path / "file").write_text("")
-    outcome = d2r("train", tiny, "--run-dir", "file/run")
+    outcome = d2r("train", tiny_json, "--run-dir", "file/run")
     assert (outcome.code, outcome.err) == (1, "d2r train: [Errno 20] Not a directory: 'file/run'")
 
 
@@ -250,7 +292,7 @@ def test_info():
 def test_help():
     outcome = d2r("--help")
     assert outcome.code == 0
-    assert all(f"d2r {command}" in outcome.out for command in ("train", "eval", "presets", "info"))
+    assert all(f"d2r {command}" in outcome.out for command in ("train", "eval", "fidelity", "presets", "info"))
     fields = d2r("train", "quick", "--help")
     assert fields.code == 0
     assert all(name in fields.out for name in ("--net.top-k", "--updates-per-step", "--env.tasks", "--eval.episodes"))
@@ -259,7 +301,7 @@ def test_help():
 @pytest.mark.parametrize(
     "args, message",
     [
-        ("trian", "unknown command 'trian': expected train, eval, presets, info"),
+        ("trian", "unknown command 'trian': expected train, eval, fidelity, presets, info"),
         ("train", f"expected a preset ({PRESET_NAMES}), a config.json or --resume RUN first"),
         ("train --seed 1", "expected a preset"),
         ("train quik", f"'quik': expected a preset ({PRESET_NAMES}) or the path of a config.json"),
@@ -284,13 +326,24 @@ def test_help():
         ("train --resume", "--resume: expected a path behind it"),
         ("train --resume none", "none: expected a checkpoint file, or a run directory with checkpoints/step-*.pt"),
         ("train --resume .", "expected a checkpoint file, or a run directory with checkpoints/step-*.pt"),
-        ("eval", "run"),
+        ("eval", "expected a run directory, a checkpoint or --experts TASKS, one of them"),
+        ("eval RUN --experts MT10", "expected a run directory, a checkpoint or --experts TASKS, one of them"),
+        ("eval RUN --episodes 3 --envs-per-task 2", "episodes: expected a multiple of envs_per_task=2, got 3"),
+        ("eval RUN --protocol official --envs-per-task 8", "the official protocol has one environment a task, got 8"),
+        ("eval RUN --episodes 0", "episodes: expected at least 1, got 0"),
+        ("eval RUN --seed -1", "seed: expected 0..2**31-51, got -1"),
+        ("eval RUN --protocol oficial", "Expected one of ('fast', 'published', 'official')"),
+        ("eval --experts MT10", "--experts: expected --protocol published or official; fast takes its settings from"),
+        ("eval --experts raech --protocol official", 'unknown task "raech" at position 1, did you mean "reach"'),
+        ("fidelity --episodes 1", "episodes: expected at least 2, since drift shows from the second on, got 1"),
+        ("fidelity --tasks raech", 'unknown task "raech" at position 1, did you mean "reach"'),
+        ("fidelity --task reach", "Unrecognized options: --task"),
         ("eval none", "none: expected a checkpoint file, or a run directory with checkpoints/step-*.pt"),
         ("eval none --episode 3", "Unrecognized options: --episode"),
     ],
 )
-def test_wrong_input_is_told_and_nothing_is_made(tiny, tmp_path, args, message):
-    outcome = d2r(*args.replace("TINY", tiny).split())
+def test_wrong_input_is_told_and_nothing_is_made(tiny_json, trained, tmp_path, args, message):
+    outcome = d2r(*args.replace("TINY", tiny_json).replace("RUN", str(trained[0])).split())
     assert outcome.code in (1, 2)
     assert message in outcome.err
     assert outcome.out == ""
@@ -302,8 +355,8 @@ def test_without_a_command_the_usage_is_shown():
     assert (outcome.code, outcome.out) == (2, cli.USAGE)
 
 
-def test_a_gpu_that_is_asked_for_is_used_or_missed(tiny, tmp_path):
-    outcome = d2r("train", tiny, "--device", "cuda", "--no-deterministic", "--run-dir", "run")
+def test_a_gpu_that_is_asked_for_is_used_or_missed(tiny_json, tmp_path):
+    outcome = d2r("train", tiny_json, "--device", "cuda", "--no-deterministic", "--run-dir", "run")
     if torch.cuda.is_available():
         assert outcome.code == 0
         assert "device     cuda" in outcome.out
@@ -313,21 +366,21 @@ def test_a_gpu_that_is_asked_for_is_used_or_missed(tiny, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_something_in_it_is_refused(run, tiny, tmp_path):
+def test_a_folder_with_something_in_it_is_refused(run, tiny_json, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     before = contents(tmp_path)
     for name in ("run", "full", "file"):
-        outcome = d2r("train", tiny, "--run-dir", name)
+        outcome = d2r("train", tiny_json, "--run-dir", name)
         assert outcome.code == 1
         assert f"--run-dir: {name} exists and is not empty; to go on from it: --resume {name}" in outcome.err
     assert contents(tmp_path) == before
 
 
-def test_an_empty_folder_is_taken(tiny, tmp_path):
+def test_an_empty_folder_is_taken(tiny_json, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert d2r("train", tiny, "--total-steps", "5", "--run-dir", "empty").code == 0
+    assert d2r("train", tiny_json, "--total-steps", "5", "--run-dir", "empty").code == 0
     assert (tmp_path / "empty" / "metrics.jsonl").exists()
 
 

@@ -6,9 +6,9 @@ import envpool
 import numpy as np
 import pytest
 import torch
+from tiny import NET
 
 from d2r_fast.collector import Chunk, Collector
-from d2r_fast.config import NetConfig
 from d2r_fast.envs import MultiTaskEnvs, make_envs
 from d2r_fast.envs.envpool import envpool_name
 from d2r_fast.network import RouteChoice, gumbel
@@ -17,7 +17,6 @@ from d2r_fast.replay import Replay
 
 TASKS = ("reach", "drawer-close")
 T, N_ENVS = 2, 2
-NET = NetConfig(n_modules=4, top_k=2, module_width=8, base_width=16, route_widths=(8,))
 SCALE = 0.25
 ENV_SEED, ACTING_SEED = 0, 3
 # Long enough for the pushing agent to solve some episodes, and with chunks that end in the middle of them.

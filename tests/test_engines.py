@@ -25,6 +25,7 @@ from d2r_fast.envs import (
     scenes,
 )
 from d2r_fast.envs.official import OfficialEnvs
+from d2r_fast.envs.official_starts import OfficialStarts
 
 ON_OFFICIAL = {
     *("shelf-place", "disassemble", "dial-turn"),
@@ -65,7 +66,8 @@ def cache(tmp_path, monkeypatch):
 def test_the_table_covers_every_task():
     assert tuple(FIDELITY) == ALL_TASKS
     assert {task for task, row in FIDELITY.items() if row.engine == "official"} == ON_OFFICIAL
-    assert {task for task, row in FIDELITY.items() if row.correction} == {"hammer", "button-press-topdown-wall"}
+    corrected = {"hammer", "button-press-topdown-wall", "window-close"}
+    assert {task for task, row in FIDELITY.items() if row.correction} == corrected
     for task, row in FIDELITY.items():
         assert (row.reason == "agrees") == (row.measured == ""), task
         assert row.correction is None or row.engine == "envpool", task
@@ -89,6 +91,7 @@ def test_choice_of_engines():
         ({"engine": "envpool", "goals": "official"}, 'goals: EnvPool offers .* got "official".*engine="official"'),
         ({"tasks": ("reach", "sweeep")}, 'unknown task "sweeep" at position 2, did you mean "sweep"'),
         ({"tasks": ("sweep", "reach"), "envs_per_task": 0}, "envs_per_task=0"),
+        ({"tasks": ("sweep", "reach"), "n_workers": 0}, "n_workers=0"),
     ],
 )
 def test_refusals(changes, message):
@@ -98,7 +101,10 @@ def test_refusals(changes, message):
 
 
 def test_one_line_says_what_runs_where():
-    assert describe_engines(MT10, "auto", "random") == "10 tasks on EnvPool; goals: random"
+    assert describe_engines(MT10, "auto", "random") == (
+        "10 tasks on EnvPool, corrected: window-close "
+        "(first observation shows the window open, the official one shut); goals: random"
+    )
     assert describe_engines(("reach", "hammer", "sweep", "soccer", "dial-turn"), "auto", "fixed") == (
         "2 tasks on EnvPool, corrected: hammer (goal drifts at every reset); "
         "3 tasks on the official package: sweep, soccer (reward shaped with another margin), "
@@ -138,6 +144,7 @@ def test_mixed_tasks_are_those_of_the_single_engines():
     assert isinstance(mixed, MixedEnvs)
     assert (mixed.tasks, mixed.n_tasks, mixed.envs_per_task, mixed.episode_length) == (MIXED, 4, N, LENGTH)
     first, ours = rollout(mixed, actions)
+    assert mixed._parts[1][0].n_workers == min(len(os.sched_getaffinity(0)), 2 * N)
     for rows, part in [
         ([0, 2], OfficialEnvs(("dial-turn", "sweep"), N, LENGTH, 5, 0.5)),
         ([1, 3], EnvPoolEnvs(("reach", "drawer-close"), N, LENGTH, 5, 0.5, positions=[1, 3])),
@@ -154,6 +161,13 @@ def test_mixed_tasks_are_those_of_the_single_engines():
     same_first, same_steps = rollout(same, actions)
     np.testing.assert_array_equal(first[[1, 3]], same_first[[1, 3]])
     np.testing.assert_array_equal(ours.reward[:, [1, 3]], same_steps.reward[:, [1, 3]])
+
+
+def test_the_number_of_workers_reaches_the_official_engine():
+    for tasks in (MIXED, ("dial-turn", "sweep")):
+        with make_envs(tasks, N, LENGTH, 5, n_workers=1) as envs:
+            official = envs if len(tasks) == 2 else envs._parts[1][0]
+            assert (official.n_workers, len(official._processes)) == (1, 1)
 
 
 def test_mixed_errors_and_close_reach_the_caller(monkeypatch):
@@ -290,6 +304,26 @@ def test_topdown_walls_reward_is_the_official_one():
     assert max(errors) <= 1e-6
     assert max(corrections) > 1
     assert max(pressing) > 0.5
+
+
+@pytest.mark.parametrize("goals", ["random", "fixed"])
+def test_window_closes_first_observations_are_the_official_ones(goals):
+    """Episode after episode, against an official environment put to the same start."""
+    length, shut = 4, []
+    official = OfficialStarts("window-close", seed=0)
+    actions = np.random.default_rng(0).uniform(-1, 1, (3 * length, 4)).astype(np.float32)
+    with make_envs(("window-close",), 1, length, seed=0, engine="envpool", goals=goals) as e:
+        shown = [e.reset()[0, 0]]
+        for action in actions:
+            step = e.step(action[None, None])
+            shown.append(step.next_obs[0, 0])
+            if step.truncated.all():
+                wanted = [official.reset_at(np.array([0, shown[0][37], 0.2]))]
+                wanted += [official.env.step(past)[0] for past in actions[len(shut) * length :][:length]]
+                np.testing.assert_allclose(shown, wanted, atol=1e-4)  # two versions of MuJoCo
+                shut.append(shown[1][4] - shown[0][4])
+                shown = [step.obs[0, 0]]
+    np.testing.assert_allclose(shut, [0.2] * 3, atol=1e-3)
 
 
 def test_hammers_goal_stays_and_its_expert_succeeds_episode_after_episode():

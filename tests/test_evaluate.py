@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from tiny import NET
 
-from d2r_fast.config import EvalConfig, NetConfig
+from d2r_fast.config import EvalConfig
 from d2r_fast.envs import MultiTaskEnvs, make_envs
 from d2r_fast.evaluate import EvalResult, evaluate
 from d2r_fast.policy import Agent
 
 TASKS = ("reach", "drawer-close")
-NET = NetConfig(n_modules=4, top_k=2, module_width=8, base_width=16, route_widths=(8,))
 LENGTH = 40
 CFG = EvalConfig(episodes=6, envs_per_task=3)
 SEED = 4

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from d2r_fast.envs import FIDELITY
-from d2r_fast.fidelity import POSITIONS, OfficialStarts, Played, judge, main_fidelity, mcnemar, run_fidelity
+from d2r_fast.envs.official_starts import POSITIONS, OfficialStarts
+from d2r_fast.evaluate import Played
+from d2r_fast.fidelity import judge, mcnemar, run_fidelity
 
 # The corrected ones, those of the official engine that EnvPool gets wrong, and some of each kind beside them.
 REPRESENTATIVE = (
     "hammer",
     "button-press-topdown-wall",
+    "window-close",
     "shelf-place",
     "disassemble",
     "dial-turn",
@@ -37,8 +40,8 @@ def test_what_users_get_agrees_with_the_official_package():
 
 
 def test_wrong_engines_are_caught(monkeypatch):
-    """EnvPool where it is known to depart, and its two corrections switched off."""
-    for task in ("hammer", "button-press-topdown-wall"):
+    """EnvPool where it is known to depart, and its corrections switched off."""
+    for task in ("hammer", "button-press-topdown-wall", "window-close"):
         monkeypatch.setitem(FIDELITY, task, FIDELITY[task]._replace(correction=None))
     wrong = {
         "hammer": ("drifts", "cm off"),
@@ -46,6 +49,7 @@ def test_wrong_engines_are_caught(monkeypatch):
         "disassemble": ("differs", "cm off"),
         "dial-turn": ("differs", "success"),
         "button-press-topdown-wall": ("differs", "return"),
+        "window-close": ("differs", "starts 20.0 cm off"),
     }
     with pytest.warns(UserWarning, match="EnvPool differs"):
         report = run_fidelity(tuple(wrong), engine="envpool", **PAIRS)
@@ -127,5 +131,3 @@ def test_bad_input():
         run_fidelity(("reach",), episodes=1)
     with pytest.raises(ValueError, match=r"episode_length: expected 1\.\.500, got 501"):
         run_fidelity(("reach",), episode_length=501)
-    with pytest.raises(ValueError, match="unknown task"):
-        main_fidelity("raech")

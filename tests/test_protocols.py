@@ -14,25 +14,21 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from tiny import NET
 
-from d2r_fast.config import NetConfig
 from d2r_fast.envs import MT10, make_envs
+from d2r_fast.eval_policies import ExpertPolicy, GreedyPolicy, expert_agent
 from d2r_fast.policy import Agent
 from d2r_fast.protocols import (
     OFFICIAL,
     PUBLISHED,
-    ExpertPolicy,
-    GreedyPolicy,
     ProtocolResult,
     ProtocolSpec,
     evaluate_protocol,
-    expert_agent,
-    main,
     wilson_interval,
 )
 
 TASKS = ("window-close", "reach", "drawer-close")
-NET = NetConfig(n_modules=4, top_k=2, module_width=8, base_width=16, route_widths=(8,))
 SHORT = OFFICIAL._replace(episodes=2, episode_length=150)
 
 
@@ -75,7 +71,7 @@ def test_tasks_keep_the_ids_they_were_trained_with():
     """Experts whose order disagrees with the task order act for the wrong tasks, and fail."""
     disordered = expert_agent(("window-open", "window-close"))
     tasks = ("window-close", "window-open")
-    for spec in (SHORT, PUBLISHED._replace(episodes=2)):
+    for spec in (SHORT, PUBLISHED._replace(episodes=4)):
         assert evaluate_protocol(expert_agent(tasks), tasks, spec, seed=0, n_workers=2).success == [1, 1]
         assert evaluate_protocol(disordered, tasks, spec, seed=0, n_workers=2).mean_success < 1
 
@@ -95,7 +91,7 @@ def test_engine_protocols_count_whole_episodes(agent):
     """Against episodes stepped by hand, with the greedy mean action."""
     tasks, n, rounds, length = ("reach", "drawer-close"), 40, 2, 30
     spec = ProtocolSpec("fast", episodes=n * rounds, episode_length=length, engine="envpool", goals="random")
-    result = evaluate_protocol(GreedyPolicy(agent.actor), tasks, spec, seed=4)
+    result = evaluate_protocol(GreedyPolicy(agent.actor), tasks, spec, seed=4, envs_per_task=n)
     solved, total = np.zeros((rounds, 2, n), bool), np.zeros(2)
     ids = torch.arange(2).repeat_interleave(n)
     with make_envs(tasks, n, length, 4, engine="envpool") as envs:
@@ -177,6 +173,18 @@ class Failing(ExpertPolicy):
         return super().eval_action(observations)
 
 
+def test_sizes_that_do_not_fit_are_refused(agent):
+    policy = GreedyPolicy(agent.actor)
+    for spec, n, message in [
+        (OFFICIAL, 2, "envs_per_task: the official protocol has one environment a task, got 2"),
+        (PUBLISHED, 5, "episodes: expected a multiple of envs_per_task=5, got 32"),
+        (PUBLISHED, 0, "episodes: expected a multiple of envs_per_task=0, got 32"),
+        (PUBLISHED._replace(episodes=0), None, "episodes: expected at least 1, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            evaluate_protocol(policy, TASKS[:2], spec, seed=0, envs_per_task=n)
+
+
 def test_a_failing_worker_names_its_tasks():
     with pytest.raises(RuntimeError, match=r"official evaluation of reach failed: OSError\('no more'\)"):
         evaluate_protocol(Failing(TASKS), TASKS, SHORT, seed=0, n_workers=3)
@@ -186,7 +194,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import time\n"
-        "from d2r_fast.protocols import worker_pool\n"
+        "from d2r_fast.workers import worker_pool\n"
         "if __name__ == '__main__':\n"
         "    import os\n"
         "    pool = worker_pool(1)\n"
@@ -203,11 +211,3 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path):
     while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < until, "the worker outlived its parent"
         time.sleep(0.1)
-
-
-def test_the_documented_command(tmp_path, capsys):
-    file = tmp_path / "experts.json"
-    args = ["--experts", "drawer-close", "--episodes", "2", "--json", str(file)]
-    assert main(args) == 0
-    assert "drawer-close" in capsys.readouterr().out
-    assert json.loads(file.read_text())["success"] == [1.0]

@@ -11,49 +11,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from d2r_fast.checkpoint import checkpoint_files, find_checkpoint, load_checkpoint
 from d2r_fast.cli import main
-from d2r_fast.config import EnvConfig, EvalConfig, NetConfig, RunConfig
+from d2r_fast.config import EvalConfig, RunConfig
 from d2r_fast.metrics import read_metrics
 from d2r_fast.presets import config_from_json, config_to_json
 from d2r_fast.trainer import Trainer, choose_device, make_agent, stream_seed
 
-# Ten chunks, the first two of them warm-up; the replay's 30 rows a task come round three times.
-CFG = RunConfig(
-    name="tiny",
-    device="cpu",
-    env=EnvConfig(tasks="reach,drawer-close", envs_per_task=2, episode_length=5),
-    net=NetConfig(n_modules=4, top_k=2, module_width=8, base_width=16, route_widths=(8,)),
-    eval=EvalConfig(every_chunks=3, episodes=1, envs_per_task=1),
-    total_steps=80,
-    warmup_steps=20,
-    chunk_steps=10,
-    updates_per_step=0.5,
-    batch_size=8,
-    replay_capacity=60,
-    checkpoint_every_chunks=2,
-)
+CFG = tiny.RUN
 DETERMINISTIC = dataclasses.replace(CFG, deterministic=True)
 # For tests that look at counters alone.
 SMALL = dataclasses.replace(CFG, total_steps=40, eval=EvalConfig(every_chunks=1000, episodes=1, envs_per_task=1))
 
-
-@pytest.fixture(scope="module", autouse=True)
-def restore_torch_switches() -> Iterator[None]:
-    """A deterministic run switches torch over for its whole process, which here belongs to other tests too."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+pytestmark = pytest.mark.usefixtures("restore_torch_switches")
 
 
 def train(cfg: RunConfig, run_dir: Path) -> Trainer:

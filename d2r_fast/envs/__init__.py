@@ -33,6 +33,7 @@ def make_envs(
     reward_scale: float = 1.0,
     engine: EngineChoice = "auto",
     goals: Goals = "random",
+    n_workers: int | None = None,
 ) -> MultiTaskEnvs:
     """Environments for `tasks`. Close them, or use them in a `with` block.
 
@@ -40,6 +41,7 @@ def make_envs(
     goals: "random", drawn anew at every reset from the continuous range; "official", the package's 50 of a seed, of
     which a reset picks one; "fixed", one a task, the same in every run whatever `seed`, so that training and
     evaluation agree.
+    n_workers: processes of the tasks on the official package, by default as many as there are usable cores.
     Warns once of the tasks that engine="envpool" simulates unlike the official package, with the reasons.
     ValueError: an argument is unknown or out of range, or goals="official" meets engine="envpool".
     Other errors as `EnvPoolEnvs` and `OfficialEnvs` raise them.
@@ -58,7 +60,7 @@ def make_envs(
     from d2r_fast.envs.official import OfficialEnvs  # late, as few runs need its processes
 
     # It seeds by the position among its own tasks; its generator is another than EnvPool's, so equal seeds do no harm.
-    official = OfficialEnvs([tasks[k] for k in on_official], *arguments)
+    official = OfficialEnvs([tasks[k] for k in on_official], *arguments, n_workers)
     if not on_envpool:
         return official
     try:

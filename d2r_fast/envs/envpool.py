@@ -1,13 +1,13 @@
 """Meta-World through EnvPool: the simulations run in C++ threads, one pool of environments a task."""
 
 import math
-import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from d2r_fast.envs.corrections import first_handle, open_gripper_reward
 from d2r_fast.envs.fidelity_table import FIDELITY
 from d2r_fast.envs.metaworld import (
     ACTION_SIZE,
@@ -18,7 +18,9 @@ from d2r_fast.envs.metaworld import (
     MultiTaskEnvs,
     Step,
     check_action,
+    check_sizes,
     check_tasks,
+    usable_cores,
 )
 from d2r_fast.envs.scenes import hammer_base_path
 
@@ -61,17 +63,9 @@ class EnvPoolEnvs(MultiTaskEnvs):
         if positions is None:
             positions = range(len(tasks))
         if num_threads is None:
-            num_threads = min(envs_per_task, math.ceil(len(os.sched_getaffinity(0)) / len(tasks)))
-        for name, value in [
-            ("envs_per_task", envs_per_task),
-            ("episode_length", episode_length),
-            ("num_threads", num_threads),
-        ]:
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            num_threads = min(envs_per_task, math.ceil(usable_cores() / len(tasks)))
         n_seeds = len(ALL_TASKS) if goals == "fixed" else (max(positions) + 1) * envs_per_task
-        if not 0 <= seed <= 2**31 - n_seeds:
-            raise ValueError(f"seed={seed} must lie in 0..{2**31 - n_seeds}: EnvPool's {n_seeds} seeds are 32-bit")
+        check_sizes(seed, n_seeds, envs_per_task=envs_per_task, episode_length=episode_length, num_threads=num_threads)
 
         self.tasks = tuple(tasks)
         self.envs_per_task = envs_per_task
@@ -130,8 +124,11 @@ class EnvPoolEnvs(MultiTaskEnvs):
         )
         for k in range(self.n_tasks):
             next_obs, reward, terminated, truncated, info = self._pools[k].recv()
-            if FIDELITY[self.tasks[k]].correction == "open_gripper_reward":
+            correction = FIDELITY[self.tasks[k]].correction
+            if correction == "open_gripper_reward":
                 reward = open_gripper_reward(reward, next_obs, info["grasp_reward"])
+            elif correction == "first_handle":
+                next_obs = first_handle(next_obs, info["elapsed_step"])
             step.next_obs[k], step.reward[k] = next_obs, reward
             step.success[k] = info["success"]
             step.truncated[k] = truncated
@@ -175,24 +172,12 @@ class EnvPoolEnvs(MultiTaskEnvs):
         obs, info = self._pools[k].recv(reset=True)
         if info["elapsed_step"].any():
             raise RuntimeError(f"EnvPool did not reset {self.tasks[k]}: elapsed_step={info['elapsed_step']}")
+        if FIDELITY[self.tasks[k]].correction == "first_handle":
+            obs = first_handle(obs, info["elapsed_step"])
         return obs
 
     def _empty(self, *width: int) -> np.ndarray:
         return np.empty((self.n_tasks, self.envs_per_task, *width), np.float32)
-
-
-def open_gripper_reward(reward: np.ndarray, obs: np.ndarray, near_button: np.ndarray) -> np.ndarray:
-    """button-press-topdown-wall's reward as Meta-World 3.1.1 gives it, for an open gripper; EnvPool's is 3.0.0's, for a
-    closed one. reward [n]; obs [n,39] that the step led to; near_button [n]: EnvPool's info["grasp_reward"].
-    """
-    opening = obs[:, 3]
-    return reward + 5 * (_hamacher(np.maximum(opening, 0), near_button) - _hamacher(1 - opening, near_button))
-
-
-def _hamacher(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The Hamacher product ab / (a + b - ab), 0 where both are 0."""
-    denominator = a + b - a * b
-    return np.divide(a * b, denominator, out=np.zeros_like(denominator), where=denominator > 0)
 
 
 def envpool_name(task: str) -> str:

@@ -4,6 +4,7 @@ Letters: T tasks, n environments a task, O = 39 numbers of an observation, A = 4
 """
 
 import difflib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -133,6 +134,11 @@ def parse_tasks(spec: str) -> tuple[str, ...]:
     return names
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
 def check_tasks(names: Sequence[str], expected: str = "expected names out of ALL_TASKS") -> None:
     """ValueError unless `names` holds at least one name, all of them in ALL_TASKS, none twice."""
     if isinstance(names, str) or not names:
@@ -144,6 +150,17 @@ def check_tasks(names: Sequence[str], expected: str = "expected names out of ALL
             raise ValueError(f'unknown task "{name}" at position {at + 1}{hint} ({expected})')
         if name in names[:at]:
             raise ValueError(f'task "{name}" is named twice; {expected}')
+
+
+def check_sizes(seed: int, n_seeds: int, **counts: int) -> None:
+    """ValueError unless every count is at least 1 and the seeds seed, ..., seed + n_seeds - 1 fit in 31 bits."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count} must be at least 1")
+    if not 0 <= seed <= 2**31 - n_seeds:
+        raise ValueError(
+            f"seed={seed} must lie in 0..{2**31 - n_seeds}: {n_seeds} seeds from it on must fit in 31 bits"
+        )
 
 
 def check_action(action: np.ndarray, tasks: Sequence[str], envs_per_task: int) -> None:

@@ -13,7 +13,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from d2r_fast.envs import official_worker as worker
-from d2r_fast.envs.metaworld import ACTION_SIZE, CallOrder, Goals, MultiTaskEnvs, Step, check_action, check_tasks
+from d2r_fast.envs.metaworld import (
+    ACTION_SIZE,
+    CallOrder,
+    Goals,
+    MultiTaskEnvs,
+    Step,
+    check_action,
+    check_sizes,
+    check_tasks,
+    usable_cores,
+)
 
 
 class OfficialEnvs(MultiTaskEnvs):
@@ -47,17 +57,9 @@ class OfficialEnvs(MultiTaskEnvs):
     ):
         check_tasks(tasks)
         if n_workers is None:
-            n_workers = len(os.sched_getaffinity(0))
-        for name, value in [
-            ("envs_per_task", envs_per_task),
-            ("episode_length", episode_length),
-            ("n_workers", n_workers),
-        ]:
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            n_workers = usable_cores()
         n_rows = len(tasks) * envs_per_task
-        if not 0 <= seed <= 2**31 - n_rows:
-            raise ValueError(f"seed={seed} must lie in 0..{2**31 - n_rows}: the {n_rows} seeds are 32-bit")
+        check_sizes(seed, n_rows, envs_per_task=envs_per_task, episode_length=episode_length, n_workers=n_workers)
         if goals not in ("random", "official", "fixed"):
             raise ValueError(f'goals={goals!r}: expected "random", "official" or "fixed"')
         if importlib.util.find_spec("metaworld") is None:

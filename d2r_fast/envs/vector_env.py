@@ -29,7 +29,7 @@ class MetaWorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                  of rows that ended "final_obs", and "final_info" with "success" and "episode" ("r" return, "l" length)
 
     num_envs: a multiple of T; 1, which `gymnasium.make_vec` passes when nothing is said, is one environment a task.
-    tasks, engine, goals as in `make_envs`. ValueError: one of them out of range.
+    tasks, engine, goals, n_workers as in `make_envs`. ValueError: one of them out of range.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (Gymnasium's)
@@ -42,6 +42,7 @@ class MetaWorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         use_one_hot: bool = False,
         engine: EngineChoice = "auto",
         goals: Goals = "random",
+        n_workers: int | None = None,
     ):
         self.tasks = parse_tasks(tasks)
         n_tasks = len(self.tasks)
@@ -54,6 +55,7 @@ class MetaWorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             "episode_length": max_episode_steps,
             "engine": engine,
             "goals": goals,
+            "n_workers": n_workers,
         }
         self._task_id = np.eye(n_tasks, dtype=np.float32).repeat(self.num_envs // n_tasks, 0)  # [N,T]
         if not use_one_hot:

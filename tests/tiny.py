@@ -1,0 +1,21 @@
+"""Sizes at which a network acts and a run trains in a second."""
+
+from d2r_fast.config import EnvConfig, EvalConfig, NetConfig, RunConfig
+
+NET = NetConfig(n_modules=4, top_k=2, module_width=8, base_width=16, route_widths=(8,))
+
+# Ten chunks, the first two of them warm-up; the replay's 30 rows a task come round three times.
+RUN = RunConfig(
+    name="tiny",
+    device="cpu",
+    env=EnvConfig(tasks="reach,drawer-close", envs_per_task=2, episode_length=5),
+    net=NET,
+    eval=EvalConfig(every_chunks=3, episodes=1, envs_per_task=1),
+    total_steps=80,
+    warmup_steps=20,
+    chunk_steps=10,
+    updates_per_step=0.5,
+    batch_size=8,
+    replay_capacity=60,
+    checkpoint_every_chunks=2,
+)
