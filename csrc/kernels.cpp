@@ -1,4 +1,5 @@
 // Compiled once for every instruction set; D2R_ISA names it.
+#include "linear_cpu.h"
 #include "routed_modules_cpu.h"
 #include "select_routes_cpu.h"
 
@@ -6,8 +7,14 @@ namespace d2r_fast::D2R_ISA {
 
 template <typename T, typename Products>
 constexpr Kernels<T> kKernels = {
-    &Products::packed_bytes, &Products::pack_weight,     &forward<T, Products>,
-    &backward<T, Products>,  &select_routes<T>, &select_routes_backward<T>,
+    &Products::packed_bytes,
+    &Products::pack_weight,
+    &forward<T, Products>,
+    &backward<T, Products>,
+    &linear_forward<T, Products>,
+    &linear_backward<T, Products>,
+    &select_routes<T>,
+    &select_routes_backward<T>,
 };
 
 const KernelSet& kernel_set() {

@@ -58,15 +58,46 @@ struct RouteArgs {
   int32_t* active;          // [E,B]
 };
 
+struct LinearSizes {
+  int64_t n_nets;  // E
+  int64_t n_rows;  // B
+  int64_t n_in, n_out;
+  bool relu;
+};
+
+template <typename T>
+struct LinearArgs {
+  LinearSizes size;
+  const T* x;               // [E,B,in], networks x_net apart: 0 where all read the same rows
+  int64_t x_net;
+  const std::byte* panels;  // [E] packed weights
+  const T* bias;            // [E,out]
+  T* y;                     // [E,B,out]
+};
+
+template <typename T>
+struct LinearBackwardArgs {
+  LinearSizes size;
+  const T* d_y;             // [E,B,out]
+  const T* x;
+  int64_t x_net;
+  const T* y;               // forward's output; read with ReLU only
+  const std::byte* panels;  // packed for backward; null with d_x
+  T* d_x;                   // [E,B,in] or null: not wanted
+};
+
 template <typename T>
 struct Kernels {
-  size_t (*packed_bytes)(int64_t width);
-  // One weight [D,D] (out, in) as panels, for the forward product x W^T or for the backward product dz W.
-  void (*pack_weight)(const T* weight, int64_t width, bool backward, std::byte* panels);
+  // A weight [n_out, n_in] takes packed_bytes(n_in, n_out) for the forward product x W^T, (n_out, n_in) for dz W.
+  size_t (*packed_bytes)(int64_t depth, int64_t columns);
+  void (*pack_weight)(const T* weight, int64_t n_out, int64_t n_in, bool backward, std::byte* panels);
   // Rows first..first+n_rows of one network.
   void (*forward)(const ForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);
   // The same; adds to d_weight [N-1,D,D] and d_bias [N-1,D], which are one caller's own; null: not wanted.
   void (*backward)(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* d_weight, T* d_bias);
+  void (*linear_forward)(const LinearArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);
+  void (*linear_backward)(const LinearBackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* d_weight,
+                          T* d_bias);
   // Rows first..first+n_rows of the E*B rows.
   void (*select_routes)(const RouteArgs<T>& args, int64_t first, int64_t n_rows);
   void (*select_routes_backward)(const Sizes& size, const T* d_gate, const int32_t* index, const T* gate, T* d_logits,

@@ -106,15 +106,98 @@ void with_dtype(const Tensor& tensor, const Body& body) {
   body(float{});
 }
 
+// All weights of a layer or of all modules, [n_weights, n_out, n_in], packed one after another.
 template <typename T>
-std::unique_ptr<std::byte[]> pack_weights(const Kernels<T>& kernel, const T* weight, const Sizes& s, bool backward) {
-  const int64_t n_weights = s.n_nets * (s.n_modules - 1);
-  const size_t bytes = kernel.packed_bytes(s.width);
+std::unique_ptr<std::byte[]> pack_weights(const Kernels<T>& kernel, const T* weight, int64_t n_weights, int64_t n_out,
+                                          int64_t n_in, bool backward) {
+  const size_t bytes = backward ? kernel.packed_bytes(n_out, n_in) : kernel.packed_bytes(n_in, n_out);
   auto panels = std::make_unique_for_overwrite<std::byte[]>(n_weights * bytes);
   for_each_block(n_weights, [&](int64_t i) {
-    kernel.pack_weight(weight + i * s.width * s.width, s.width, backward, panels.get() + i * bytes);
+    kernel.pack_weight(weight + i * n_out * n_in, n_out, n_in, backward, panels.get() + i * bytes);
   });
   return panels;
+}
+
+// Calls body(net, first, n_rows) for blocks of rows of every network.
+template <typename Body>
+void for_each_row_block(int64_t n_nets, int64_t n_rows, const Body& body) {
+  const int64_t per_net = (n_rows + kBlockRows - 1) / kBlockRows;
+  for_each_block(n_nets * per_net, [&](int64_t block) {
+    const int64_t first = block % per_net * kBlockRows;
+    body(block / per_net, first, std::min(kBlockRows, n_rows - first));
+  });
+}
+
+// Rows of one network that one thread owns in backward, and where their share of the weights' gradient goes.
+struct Segment {
+  int64_t net, first, n_rows, thread;
+  int64_t part;  // 0: the gradient itself, which this segment starts; else partial sum number part - 1
+};
+
+// Splits all rows among the threads, in order, so that each has the same cost. The split depends on nothing but the costs
+// and the number of threads, and so do the sums.
+template <typename Cost>
+std::vector<Segment> split_rows(int64_t n_nets, int64_t n_rows, int64_t n_threads, const Cost& cost) {
+  int64_t total = 0, done = 0, parts = 0;
+  for (int64_t row = 0; row < n_nets * n_rows; ++row) total += cost(row);
+  std::vector<Segment> segments;
+  for (int64_t net = 0; net < n_nets; ++net)
+    for (int64_t row = 0; row < n_rows; ++row) {
+      const int64_t thread = std::min(n_threads - 1, done * n_threads / std::max<int64_t>(total, 1));
+      done += cost(net * n_rows + row);
+      if (row > 0 && segments.back().thread == thread)
+        ++segments.back().n_rows;
+      else
+        segments.push_back({net, row, 1, thread, row == 0 ? 0 : ++parts});
+    }
+  return segments;
+}
+
+// Where the gradients of weights and biases are summed; weight null: not wanted.
+template <typename T>
+struct GradientSums {
+  T* weight;
+  int64_t net_weights;  // a network's
+  T* bias;
+  int64_t net_biases;
+};
+
+// Calls body(net, first, n_rows, weight_sum, bias_sum) for blocks of rows; a thread's blocks add to sums of its own, which
+// are then added up in a fixed order.
+template <typename T, typename Cost, typename Body>
+void sum_over_rows(int64_t n_nets, int64_t n_rows, const GradientSums<T>& sums, const Cost& cost, const Body& body) {
+  // A thread with fewer rows than a block would spend its time on its own copy of the sums.
+  const int64_t n_threads =
+      std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, n_nets * n_rows / kBlockRows));
+  const std::vector<Segment> segments = split_rows(n_nets, n_rows, n_threads, cost);
+  const int64_t part = sums.net_weights + sums.net_biases, n_parts = static_cast<int64_t>(segments.size()) - n_nets;
+  auto partial = std::make_unique_for_overwrite<T[]>(sums.weight ? n_parts * part : 0);
+  torch::stable::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
+    for (const Segment& segment : segments) {
+      if (segment.thread < begin || segment.thread >= end) continue;
+      T *weight_sum = nullptr, *bias_sum = nullptr;
+      if (sums.weight) {
+        T* of_part = partial.get() + (segment.part - 1) * part;
+        weight_sum = segment.part ? of_part : sums.weight + segment.net * sums.net_weights;
+        bias_sum = segment.part ? of_part + sums.net_weights : sums.bias + segment.net * sums.net_biases;
+        std::fill_n(weight_sum, sums.net_weights, T(0));
+        std::fill_n(bias_sum, sums.net_biases, T(0));
+      }
+      for (int64_t row = 0; row < segment.n_rows; row += kBlockRows)
+        body(segment.net, segment.first + row, std::min(kBlockRows, segment.n_rows - row), weight_sum, bias_sum);
+    }
+  });
+  if (!sums.weight || n_parts == 0) return;
+  torch::stable::parallel_for(0, part, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (const Segment& segment : segments) {
+      if (segment.part == 0) continue;
+      const T* from = partial.get() + (segment.part - 1) * part;
+      T* weight_sum = sums.weight + segment.net * sums.net_weights;
+      T* bias_sum = sums.bias + segment.net * sums.net_biases - sums.net_weights;
+      for (int64_t j = begin; j < std::min(end, sums.net_weights); ++j) weight_sum[j] += from[j];
+      for (int64_t j = std::max(begin, sums.net_weights); j < end; ++j) bias_sum[j] += from[j];
+    }
+  });
 }
 
 void routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor gate, Tensor active, bool residual, bool bf16,
@@ -137,7 +220,7 @@ void routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor 
   with_dtype(h0, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(bf16);
-    const auto panels = pack_weights<T>(kernel, const_data<T>(weight), s, false);
+    const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets * (s.n_modules - 1), s.width, s.width, false);
     const ForwardArgs<T> args{s,
                               const_data<T>(h0),
                               panels.get(),
@@ -148,37 +231,10 @@ void routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor 
                               keep ? data<T>(h) : nullptr,
                               keep ? data<bool>(opened) : nullptr,
                               data<T>(mixed)};
-    const int64_t per_net = (s.n_rows + kBlockRows - 1) / kBlockRows;
-    for_each_block(s.n_nets * per_net, [&](int64_t block) {
-      const int64_t first = block % per_net * kBlockRows;
-      kernel.forward(args, block / per_net, first, std::min(kBlockRows, s.n_rows - first));
+    for_each_row_block(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
+      kernel.forward(args, net, first, n_rows);
     });
   });
-}
-
-// Rows of one network that one thread owns in backward, and where their share of the weights' gradient goes.
-struct Segment {
-  int64_t net, first, n_rows, thread;
-  int64_t part;  // 0: the gradient itself, which this segment starts; else partial sum number part - 1
-};
-
-// Splits all rows among the threads, in order, so that each has the same number of active modules. The split depends on
-// nothing but the routes and the number of threads, and so do the sums.
-std::vector<Segment> split_rows(const Sizes& s, const int32_t* active, int64_t n_threads) {
-  int64_t total = 0;
-  for (int64_t row = 0; row < s.n_nets * s.n_rows; ++row) total += std::popcount(static_cast<uint32_t>(active[row]));
-  std::vector<Segment> segments;
-  int64_t done = 0, parts = 0;
-  for (int64_t net = 0; net < s.n_nets; ++net)
-    for (int64_t row = 0; row < s.n_rows; ++row) {
-      const int64_t thread = std::min(n_threads - 1, done * n_threads / std::max<int64_t>(total, 1));
-      done += std::popcount(static_cast<uint32_t>(active[net * s.n_rows + row]));
-      if (row > 0 && segments.back().thread == thread)
-        ++segments.back().n_rows;
-      else
-        segments.push_back({net, row, 1, thread, row == 0 ? 0 : ++parts});
-    }
-  return segments;
 }
 
 void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor gate, Tensor flow, Tensor active, Tensor h,
@@ -209,7 +265,7 @@ void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor
     }
     if (rows == 0) return;
     const Kernels<T>& kernel = kernels<T>(bf16);
-    const auto panels = pack_weights<T>(kernel, const_data<T>(weight), s, true);
+    const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets * (s.n_modules - 1), s.width, s.width, true);
     const BackwardArgs<T> args{s,
                                const_data<T>(d_mixed),
                                panels.get(),
@@ -221,40 +277,75 @@ void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor
                                const_data<bool>(opened),
                                data<T>(d_h0),
                                data<T>(d_gate)};
-    // A thread with fewer rows than a block would spend its time on its own copy of the weights' gradient.
-    const int64_t n_threads =
-        std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, rows / kBlockRows));
-    const std::vector<Segment> segments = split_rows(s, args.active, n_threads);
-    const int64_t net_weights = weights / s.n_nets, net_biases = biases / s.n_nets, part = net_weights + net_biases;
-    const int64_t n_parts = static_cast<int64_t>(segments.size()) - s.n_nets;
-    auto partial = std::make_unique_for_overwrite<T[]>(to_weight ? n_parts * part : 0);
-    torch::stable::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
-      for (const Segment& segment : segments) {
-        if (segment.thread < begin || segment.thread >= end) continue;
-        T *weight_sum = nullptr, *bias_sum = nullptr;
-        if (to_weight) {
-          T* of_part = partial.get() + (segment.part - 1) * part;
-          weight_sum = segment.part ? of_part : data<T>(d_weight) + segment.net * net_weights;
-          bias_sum = segment.part ? of_part + net_weights : data<T>(d_bias) + segment.net * net_biases;
-          std::fill_n(weight_sum, net_weights, T(0));
-          std::fill_n(bias_sum, net_biases, T(0));
-        }
-        for (int64_t row = 0; row < segment.n_rows; row += kBlockRows)
-          kernel.backward(args, segment.net, segment.first + row, std::min(kBlockRows, segment.n_rows - row), weight_sum,
-                          bias_sum);
-      }
+    const GradientSums<T> sums{to_weight ? data<T>(d_weight) : nullptr, weights / s.n_nets,
+                               to_weight ? data<T>(d_bias) : nullptr, biases / s.n_nets};
+    const auto cost = [&](int64_t row) { return std::popcount(static_cast<uint32_t>(args.active[row])); };
+    sum_over_rows(s.n_nets, s.n_rows, sums, cost,
+                  [&](int64_t net, int64_t first, int64_t n_rows, T* weight_sum, T* bias_sum) {
+                    kernel.backward(args, net, first, n_rows, weight_sum, bias_sum);
+                  });
+  });
+}
+
+// x is [E,B,in], or [B,in] for all networks alike.
+LinearSizes linear_sizes(const Tensor& x, const Tensor& weight, bool relu) {
+  const bool shared = x.dim() == 2;
+  const LinearSizes s{weight.size(0), x.size(shared ? 0 : 1), weight.size(2), weight.size(1), relu};
+  STD_TORCH_CHECK(s.n_in <= kMaxWidth && s.n_out <= kMaxWidth, "linear: expected widths of at most ", kMaxWidth, ", got ",
+                  s.n_in, " and ", s.n_out);
+  check_numel("x", x, (shared ? 1 : s.n_nets) * s.n_rows * s.n_in);
+  check_numel("weight", weight, s.n_nets * s.n_out * s.n_in);
+  return s;
+}
+
+void linear(Tensor x, Tensor weight, Tensor bias, bool relu, bool bf16, Tensor y) {
+  const LinearSizes s = linear_sizes(x, weight, relu);
+  check_numel("bias", bias, s.n_nets * s.n_out);
+  check_numel("y", y, s.n_nets * s.n_rows * s.n_out);
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernels<T>& kernel = kernels<T>(bf16);
+    const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets, s.n_out, s.n_in, false);
+    const LinearArgs<T> args{s, const_data<T>(x), x.dim() == 2 ? 0 : s.n_rows * s.n_in, panels.get(), const_data<T>(bias),
+                             data<T>(y)};
+    for_each_row_block(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
+      kernel.linear_forward(args, net, first, n_rows);
     });
-    if (!to_weight || n_parts == 0) return;
-    torch::stable::parallel_for(0, part, 1 << 14, [&](int64_t begin, int64_t end) {
-      for (const Segment& segment : segments) {
-        if (segment.part == 0) continue;
-        const T* from = partial.get() + (segment.part - 1) * part;
-        T* weight_sum = data<T>(d_weight) + segment.net * net_weights;
-        T* bias_sum = data<T>(d_bias) + segment.net * net_biases - net_weights;
-        for (int64_t j = begin; j < std::min(end, net_weights); ++j) weight_sum[j] += from[j];
-        for (int64_t j = std::max(begin, net_weights); j < end; ++j) bias_sum[j] += from[j];
-      }
-    });
+  });
+}
+
+void linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, bool bf16, Tensor d_x, Tensor d_weight,
+                     Tensor d_bias) {
+  const LinearSizes s = linear_sizes(x, weight, relu);
+  const bool to_x = d_x.numel() > 0, to_weight = d_weight.numel() > 0;
+  check_numel("d_y", d_y, s.n_nets * s.n_rows * s.n_out);
+  if (relu) check_numel("y", y, s.n_nets * s.n_rows * s.n_out);
+  if (to_x) check_numel("d_x", d_x, s.n_nets * s.n_rows * s.n_in);
+  if (to_weight) check_numel("d_weight", d_weight, s.n_nets * s.n_out * s.n_in);
+  if (to_weight) check_numel("d_bias", d_bias, s.n_nets * s.n_out);
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernels<T>& kernel = kernels<T>(bf16);
+    std::unique_ptr<std::byte[]> panels;
+    if (to_x) panels = pack_weights(kernel, const_data<T>(weight), s.n_nets, s.n_out, s.n_in, true);
+    const LinearBackwardArgs<T> args{s,
+                                     const_data<T>(d_y),
+                                     const_data<T>(x),
+                                     x.dim() == 2 ? 0 : s.n_rows * s.n_in,
+                                     relu ? const_data<T>(y) : nullptr,
+                                     panels.get(),
+                                     to_x ? data<T>(d_x) : nullptr};
+    const GradientSums<T> sums{to_weight ? data<T>(d_weight) : nullptr, s.n_out * s.n_in,
+                               to_weight ? data<T>(d_bias) : nullptr, s.n_out};
+    if (to_weight && s.n_rows == 0) {
+      std::fill_n(sums.weight, s.n_nets * sums.net_weights, T(0));
+      std::fill_n(sums.bias, s.n_nets * sums.net_biases, T(0));
+      return;
+    }
+    sum_over_rows(s.n_nets, s.n_rows, sums, [](int64_t) { return 1; },
+                  [&](int64_t net, int64_t first, int64_t n_rows, T* weight_sum, T* bias_sum) {
+                    kernel.linear_backward(args, net, first, n_rows, weight_sum, bias_sum);
+                  });
   });
 }
 
@@ -321,6 +412,9 @@ STABLE_TORCH_LIBRARY(d2r_fast_cpu, m) {
   m.def("routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor gate, Tensor flow, Tensor active, "
         "Tensor h, Tensor opened, bool residual, bool bf16, Tensor(a!) d_h0, Tensor(b!) d_weight, Tensor(c!) d_bias, "
         "Tensor(d!) d_gate) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor bias, bool relu, bool bf16, Tensor(a!) y) -> ()");
+  m.def("linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, bool bf16, Tensor(a!) d_x, "
+        "Tensor(b!) d_weight, Tensor(c!) d_bias) -> ()");
   m.def("select_routes(Tensor logits, Tensor temperature, Tensor noise, Tensor given, bool resrouting, Tensor(a!) index, "
         "Tensor(b!) gate, Tensor(c!) flow, Tensor(d!) active) -> ()");
   m.def("select_routes_backward(Tensor d_gate, Tensor index, Tensor gate, Tensor(a!) d_logits) -> ()");
@@ -329,6 +423,8 @@ STABLE_TORCH_LIBRARY(d2r_fast_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(d2r_fast_cpu, CPU, m) {
   m.impl("routed_modules", TORCH_BOX(&routed_modules));
   m.impl("routed_modules_backward", TORCH_BOX(&routed_modules_backward));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("select_routes", TORCH_BOX(&select_routes));
   m.impl("select_routes_backward", TORCH_BOX(&select_routes_backward));
 }

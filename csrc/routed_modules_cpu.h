@@ -4,46 +4,10 @@
 // and scattered back: compaction costs the gather that routing needs anyway, and no buffer is larger than the block.
 #pragma once
 #include <algorithm>
-#include <memory>
 
-#include "tile_product.h"
+#include "workspace.h"
 
 namespace d2r_fast::D2R_ISA {
-
-// Memory of one thread that only grows, so that no call pays for fresh pages.
-class Workspace {
- public:
-  template <typename T>
-  T* take(int64_t n) {
-    const size_t bytes = round_up(n * sizeof(T), 64);
-    used_ += bytes;
-    return reinterpret_cast<T*>(bytes_.get() + used_ - bytes);
-  }
-  void reserve(size_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    bytes_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t(64))));
-    size_ = bytes;
-  }
-  static Workspace& of_this_thread() {
-    thread_local Workspace workspace;
-    return workspace;
-  }
-
- private:
-  struct Free {
-    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<std::byte, Free> bytes_;
-  size_t size_ = 0, used_ = 0;
-};
-
-// Distance between rows of the block's own buffers: whole panels, and an odd number of cache lines, since rows a power
-// of two apart would share a few sets of the first-level cache.
-template <typename T>
-inline int64_t row_stride(int64_t width) {
-  return (round_up(round_up(width, kPanel<T>) * sizeof(T), 128) + 64) / sizeof(T);
-}
 
 // x = sum of the kept sources, source s of the row at h + s * module_stride.
 template <typename T>
@@ -103,7 +67,7 @@ void forward(const ForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_r
   }
   for (int64_t i = 1; i < n_modules; ++i) {
     const int64_t module = net * (n_modules - 1) + i - 1, kept = std::min(n_kept, i);
-    const std::byte* panels = args.panels + module * Products::packed_bytes(width);
+    const std::byte* panels = args.panels + module * Products::packed_bytes(width, width);
     std::copy_n(args.bias + module * width, width, bias);
     const int64_t n = rows_of_module(active, n_rows, i, rows);
     for (int64_t begin = 0; begin < n; begin += kTileRows) {
@@ -112,7 +76,7 @@ void forward(const ForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_r
         const int64_t row = rows[begin + r], slot = (at + row) * routes + (i - 1) * n_kept;
         mix_sources(h + row * h_row, h_module, args.index + slot, args.gate + slot, kept, width, x + r * kTileStride<T>);
       }
-      Products::multiply(in_tile, x, panels, width, bias, z);
+      Products::multiply(in_tile, x, panels, width, width, bias, z);
       for (int64_t r = 0; r < in_tile; ++r) {
         const T *z_row = z + r * kTileStride<T>, *x_row = x + r * kTileStride<T>;
         T* out = h + i * h_module + rows[begin + r] * h_row;
@@ -161,14 +125,16 @@ void backward(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n
   const int64_t routes = n_modules * n_kept, at = net * n_all + first;
   const int64_t stride = row_stride<T>(width), tile = kTileRows * kTileStride<T>, adjoint_module = n_rows * stride;
   Workspace& workspace = Workspace::of_this_thread();
-  workspace.reserve(sizeof(T) * (2 * tile + 2 * n_modules * adjoint_module + 4 * (n_rows + 2) * stride) + 4 * n_rows + 1024);
+  workspace.reserve(sizeof(T) * (2 * tile + 2 * n_modules * adjoint_module + 2 * n_rows * stride +
+                                 Products::scratch(n_rows, 2 * stride)) +
+                    4 * n_rows + 1024);
   T* dz_tile = workspace.take<T>(tile);
   T* dx_tile = workspace.take<T>(tile);
   T* to_relu = workspace.take<T>(n_modules * adjoint_module);      // A: reaches a module's ReLU layer
   T* to_residual = workspace.take<T>(n_modules * adjoint_module);  // S: reaches a module's residual
   T* dz_rows = workspace.take<T>(n_rows * stride);                 // a module's rows, one after another
   T* x_rows = workspace.take<T>(n_rows * stride);
-  T* scratch = workspace.take<T>(2 * (n_rows + 2) * stride);
+  T* scratch = workspace.take<T>(Products::scratch(n_rows, 2 * stride));
   int32_t* rows = workspace.take<int32_t>(n_rows);
   const T* h = args.h + (net * n_modules * n_all + first) * width;
   const auto* opened = reinterpret_cast<const uint8_t*>(args.opened) + (net * n_modules * n_all + first) * width;
@@ -197,7 +163,7 @@ void backward(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n
 
   for (int64_t row = 0; row < n_rows; ++row) push_route(n_modules, row, args.d_mixed + (at + row) * width, nullptr, x_rows);
   for (int64_t i = n_modules - 1; i > 0; --i) {
-    const std::byte* panels = args.panels + (net * (n_modules - 1) + i - 1) * Products::packed_bytes(width);
+    const std::byte* panels = args.panels + (net * (n_modules - 1) + i - 1) * Products::packed_bytes(width, width);
     T* d_bias_i = d_bias ? d_bias + (i - 1) * width : nullptr;
     const int64_t n = rows_of_module(active, n_rows, i, rows);
     for (int64_t begin = 0; begin < n; begin += kTileRows) {
@@ -214,7 +180,7 @@ void backward(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n
 #pragma omp simd
         for (int64_t j = 0; j < width; ++j) d_bias_i[j] += dz_kept[j];
       }
-      Products::multiply(in_tile, dz_tile, panels, width, nullptr, dx_tile);
+      Products::multiply(in_tile, dz_tile, panels, width, width, nullptr, dx_tile);
       for (int64_t r = 0; r < in_tile; ++r) {
         const int64_t row = rows[begin + r];
         const T* d_res = residual ? to_residual + i * adjoint_module + row * stride : nullptr;
@@ -222,7 +188,7 @@ void backward(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n
       }
     }
     if (d_weight && n)
-      Products::add_outer(n, dz_rows, x_rows, stride, width, d_weight + (i - 1) * width * width, scratch);
+      Products::add_outer(n, {dz_rows, stride, width}, {x_rows, stride, width}, d_weight + (i - 1) * width * width, scratch);
   }
   // Module 0 has no residual: what reached it through one is dropped.
   for (int64_t row = 0; row < n_rows; ++row) std::copy_n(to_relu + row * stride, width, args.d_h0 + (at + row) * width);

@@ -115,10 +115,10 @@ inline void with_constant_rows(int64_t n, const Body& body) {
 // out[r, :] = start + a[r, :] B for the rows of a tile; start null: zero. `out` has room for whole panels.
 template <typename Step>
 inline void multiply_tile(int64_t n_rows, int64_t depth, const typename Step::Element* a, const typename Step::Element* panel,
-                          int64_t width, const typename Step::Sum* start, typename Step::Sum* out) {
+                          int64_t columns, const typename Step::Sum* start, typename Step::Sum* out) {
   using T = typename Step::Sum;
   with_constant_rows(n_rows, [&](auto rows) {
-    for (int64_t first = 0; first < width; first += kPanel<T>, panel += depth * kPanel<T>) {
+    for (int64_t first = 0; first < columns; first += kPanel<T>, panel += depth * kPanel<T>) {
       if (start)
         tile_product<Step, rows(), false, Start::kRow>(depth, a, 0, panel, kPanel<T>, out + first, kTileStride<T>, start + first);
       else
@@ -127,95 +127,115 @@ inline void multiply_tile(int64_t n_rows, int64_t depth, const typename Step::El
   });
 }
 
-// sum [D,D] += a^T b; the `depth` rows of a and b lie `stride` apart and have room for whole panels.
+// Where the `depth` rows of an operand of a transposed product lie, and how many columns of them count. Rows have room
+// for whole panels.
+template <typename E>
+struct Rows {
+  const E* at;
+  int64_t stride, columns;
+};
+
+// sum [a.columns, b.columns] += a^T b.
 template <typename Step>
-inline void add_transposed_product(int64_t depth, const typename Step::Element* a, const typename Step::Element* b,
-                                   int64_t stride, int64_t width, typename Step::Sum* sum) {
+inline void add_transposed_product(int64_t depth, Rows<typename Step::Element> a, Rows<typename Step::Element> b,
+                                   typename Step::Sum* sum) {
   using T = typename Step::Sum;
-  for (int64_t top = 0; top < width; top += kTileRows)
-    with_constant_rows(std::min<int64_t>(kTileRows, width - top), [&](auto rows) {
-      for (int64_t first = 0; first < width; first += kPanel<T>) {
-        T* c = sum + top * width + first;
-        const int64_t columns = width - first;
+  for (int64_t top = 0; top < a.columns; top += kTileRows)
+    with_constant_rows(std::min<int64_t>(kTileRows, a.columns - top), [&](auto rows) {
+      for (int64_t first = 0; first < b.columns; first += kPanel<T>) {
+        T* c = sum + top * b.columns + first;
+        const auto *a_at = a.at + top, *b_at = b.at + first;
+        const int64_t columns = b.columns - first;
         if (columns >= kPanel<T>) {
-          tile_product<Step, rows(), true, Start::kLoad>(depth, a + top, stride, b + first, stride, c, width, nullptr);
+          tile_product<Step, rows(), true, Start::kLoad>(depth, a_at, a.stride, b_at, b.stride, c, b.columns, nullptr);
           continue;
         }
         T tail[kTileRows * kPanel<T>];
-        tile_product<Step, rows(), true, Start::kZero>(depth, a + top, stride, b + first, stride, tail, kPanel<T>, nullptr);
+        tile_product<Step, rows(), true, Start::kZero>(depth, a_at, a.stride, b_at, b.stride, tail, kPanel<T>, nullptr);
         for (int r = 0; r < rows(); ++r)
-          for (int64_t j = 0; j < columns; ++j) c[r * width + j] += tail[r * kPanel<T> + j];
+          for (int64_t j = 0; j < columns; ++j) c[r * b.columns + j] += tail[r * kPanel<T> + j];
       }
     });
 }
 
 // A weight as panels of columns of B, each with its `depth` steps one after another; element(k, column) says what B holds.
+// Column by column: the weight is then read in the order in which it lies for a forward product.
 template <typename E, typename Element>
-inline void pack_panels(int64_t width, int64_t depth, E* panel, const Element& element) {
-  constexpr int64_t columns = kPanel<E>;
-  for (int64_t first = 0; first < width; first += columns)
-    for (int64_t k = 0; k < depth; ++k, panel += columns)
-      for (int64_t j = 0; j < columns; ++j) panel[j] = first + j < width ? element(k, first + j) : E(0);
+inline void pack_panels(int64_t depth, int64_t columns, E* panel, const Element& element) {
+  constexpr int64_t width = kPanel<E>;
+  for (int64_t first = 0; first < columns; first += width, panel += depth * width)
+    for (int64_t j = 0; j < width; ++j)
+      for (int64_t k = 0; k < depth; ++k) panel[k * width + j] = first + j < columns ? element(k, first + j) : E(0);
 }
 
-// Products of operands as they are stored.
+// Products of operands as they are stored. Weights are [n_out, n_in]: forward multiplies by W^T, backward by W.
 template <typename T>
 struct PlainProducts {
-  static size_t packed_bytes(int64_t width) { return width * round_up(width, kPanel<T>) * sizeof(T); }
+  static size_t packed_bytes(int64_t depth, int64_t columns) { return depth * round_up(columns, kPanel<T>) * sizeof(T); }
 
-  static void pack_weight(const T* weight, int64_t width, bool backward, std::byte* panels) {
+  static void pack_weight(const T* weight, int64_t n_out, int64_t n_in, bool backward, std::byte* panels) {
     T* to = reinterpret_cast<T*>(panels);
     if (backward)
-      pack_panels(width, width, to, [=](int64_t k, int64_t j) { return weight[k * width + j]; });
+      pack_panels(n_out, n_in, to, [=](int64_t k, int64_t j) { return weight[k * n_in + j]; });
     else
-      pack_panels(width, width, to, [=](int64_t k, int64_t j) { return weight[j * width + k]; });
+      pack_panels(n_in, n_out, to, [=](int64_t k, int64_t j) { return weight[j * n_in + k]; });
   }
 
-  static void multiply(int64_t n_rows, const T* a, const std::byte* panels, int64_t width, const T* start, T* out) {
-    multiply_tile<Multiply<T>>(n_rows, width, a, reinterpret_cast<const T*>(panels), width, start, out);
+  static void multiply(int64_t n_rows, const T* a, const std::byte* panels, int64_t depth, int64_t columns, const T* start,
+                       T* out) {
+    multiply_tile<Multiply<T>>(n_rows, depth, a, reinterpret_cast<const T*>(panels), columns, start, out);
   }
 
-  static void add_outer(int64_t n_rows, const T* a, const T* b, int64_t stride, int64_t width, T* sum, T*) {
-    add_transposed_product<Multiply<T>>(n_rows, a, b, stride, width, sum);
+  static int64_t scratch(int64_t, int64_t) { return 0; }
+
+  static void add_outer(int64_t n_rows, Rows<T> a, Rows<T> b, T* sum, T*) {
+    add_transposed_product<Multiply<T>>(n_rows, a, b, sum);
   }
 };
 
 #if defined(__AVX512BF16__)
 // Products of operands rounded to bf16, two steps at once, summed in float32.
 struct Bf16Products {
-  static size_t packed_bytes(int64_t width) { return (width + 1) / 2 * round_up(width, kPanel<float>) * sizeof(uint32_t); }
+  static size_t packed_bytes(int64_t depth, int64_t columns) {
+    return (depth + 1) / 2 * round_up(columns, kPanel<float>) * sizeof(uint32_t);
+  }
 
-  static void pack_weight(const float* weight, int64_t width, bool backward, std::byte* panels) {
+  static void pack_weight(const float* weight, int64_t n_out, int64_t n_in, bool backward, std::byte* panels) {
+    const int64_t depth = backward ? n_out : n_in, columns = backward ? n_in : n_out;
     const auto at = [=](int64_t k, int64_t j) {
-      return k >= width ? 0.0f : backward ? weight[k * width + j] : weight[j * width + k];
+      return k >= depth ? 0.0f : backward ? weight[k * n_in + j] : weight[j * n_in + k];
     };
-    pack_panels(width, (width + 1) / 2, reinterpret_cast<uint32_t*>(panels),
+    pack_panels((depth + 1) / 2, columns, reinterpret_cast<uint32_t*>(panels),
                 [=](int64_t k, int64_t j) { return pair(at(2 * k, j), at(2 * k + 1, j)); });
   }
 
-  static void multiply(int64_t n_rows, const float* a, const std::byte* panels, int64_t width, const float* start, float* out) {
+  static void multiply(int64_t n_rows, const float* a, const std::byte* panels, int64_t depth, int64_t columns,
+                       const float* start, float* out) {
     alignas(64) thread_local uint32_t pairs[kTileRows * kTileStride<uint32_t>];
     for (int64_t r = 0; r < n_rows; ++r) {
       const float* row = a + r * kTileStride<float>;
       uint32_t* to = pairs + r * kTileStride<uint32_t>;
-      for (int64_t j = 0; j < width; j += 2 * kLanes<float>) {
-        const __mmask32 inside = width - j >= 32 ? ~0u : (1u << (width - j)) - 1;
+      for (int64_t j = 0; j < depth; j += 2 * kLanes<float>) {
+        const __mmask32 inside = depth - j >= 32 ? ~0u : (1u << (depth - j)) - 1;
         const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), row + j);
         const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside >> 16), row + j + kLanes<float>);
         _mm512_storeu_si512(to + j / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
       }
     }
-    multiply_tile<MultiplyPairs>(n_rows, (width + 1) / 2, pairs, reinterpret_cast<const uint32_t*>(panels), width, start, out);
+    const auto* packed = reinterpret_cast<const uint32_t*>(panels);
+    multiply_tile<MultiplyPairs>(n_rows, (depth + 1) / 2, pairs, packed, columns, start, out);
   }
 
-  static void add_outer(int64_t n_rows, const float* a, const float* b, int64_t stride, int64_t width, float* sum,
-                        float* scratch) {
+  // Floats that add_outer needs for rows of these strides together.
+  static int64_t scratch(int64_t n_rows, int64_t strides) { return (n_rows + 1) / 2 * strides; }
+
+  static void add_outer(int64_t n_rows, Rows<float> a, Rows<float> b, float* sum, float* scratch) {
     const int64_t depth = (n_rows + 1) / 2;
     uint32_t* a_pairs = reinterpret_cast<uint32_t*>(scratch);
-    uint32_t* b_pairs = a_pairs + depth * stride;
-    pair_rows(n_rows, a, stride, width, a_pairs);
-    pair_rows(n_rows, b, stride, width, b_pairs);
-    add_transposed_product<MultiplyPairs>(depth, a_pairs, b_pairs, stride, width, sum);
+    uint32_t* b_pairs = a_pairs + depth * a.stride;
+    pair_rows(n_rows, a, a_pairs);
+    pair_rows(n_rows, b, b_pairs);
+    add_transposed_product<MultiplyPairs>(depth, {a_pairs, a.stride, a.columns}, {b_pairs, b.stride, b.columns}, sum);
   }
 
  private:
@@ -228,13 +248,14 @@ struct Bf16Products {
   }
 
   // Rows 2k and 2k+1 side by side, element by element; past the last row zeros.
-  static void pair_rows(int64_t n_rows, const float* rows, int64_t stride, int64_t width, uint32_t* pairs) {
+  static void pair_rows(int64_t n_rows, Rows<float> from, uint32_t* pairs) {
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                                 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    for (int64_t row = 0; row < n_rows; row += 2, rows += 2 * stride, pairs += stride)
-      for (int64_t j = 0; j < width; j += kLanes<float>) {
+    const float* rows = from.at;
+    for (int64_t row = 0; row < n_rows; row += 2, rows += 2 * from.stride, pairs += from.stride)
+      for (int64_t j = 0; j < from.columns; j += kLanes<float>) {
         const __m512 low = _mm512_loadu_ps(rows + j);
-        const __m512 high = row + 1 < n_rows ? _mm512_loadu_ps(rows + stride + j) : _mm512_setzero_ps();
+        const __m512 high = row + 1 < n_rows ? _mm512_loadu_ps(rows + from.stride + j) : _mm512_setzero_ps();
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
         _mm512_storeu_si512(pairs + j, _mm512_permutexvar_epi16(interleave, both));
       }

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from d2r_fast.config import NetConfig
-from d2r_fast.ops import Routes, routed_modules, select_routes
+from d2r_fast.ops import Routes, ensemble_linear, routed_modules, select_routes
 from d2r_fast.ops.select_routes import RouteMode
 
 
@@ -49,24 +49,22 @@ def gumbel(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | No
 
 
 class EnsembleLinear(nn.Module):
-    """E linear layers as one: [E,B,in] or [B,in] (shared input) -> [E,B,out].
+    """E linear layers as one: [E,B,in] or [B,in] (shared input) -> [E,B,out], with a ReLU behind them if asked for.
 
     Weights start uniform in +-`init_range` (1/sqrt(out) unless told), biases at 0.1 or, with an init_range, like the
     weights: the published initial values.
     """
 
-    def __init__(self, n_nets: int, n_in: int, n_out: int, init_range: float | None = None):
+    def __init__(self, n_nets: int, n_in: int, n_out: int, cfg: NetConfig, init_range: float | None = None):
         super().__init__()
+        self._cfg = cfg
         bound = n_out**-0.5 if init_range is None else init_range
         self.weight = nn.Parameter(torch.empty(n_nets, n_out, n_in).uniform_(-bound, bound))
         bias = torch.empty(n_nets, n_out)
         self.bias = nn.Parameter(bias.fill_(0.1) if init_range is None else bias.uniform_(-bound, bound))
 
-    def forward(self, x: Tensor) -> Tensor:
-        n_nets = self.weight.shape[0]
-        if x.dim() == 2:
-            x = x.expand(n_nets, *x.shape)
-        return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        return ensemble_linear(x, self.weight, self.bias, relu, self._cfg.backend, self._cfg.precision)
 
 
 class RoutedNetwork(nn.Module):
@@ -82,15 +80,17 @@ class RoutedNetwork(nn.Module):
         super().__init__()
         self.cfg, self.n_in, self.n_tasks, self.n_nets = cfg, n_in, n_tasks, n_nets
         hidden, width = cfg.base_width, cfg.module_width
-        self.base = nn.ModuleList([EnsembleLinear(n_nets, n_in, hidden), EnsembleLinear(n_nets, hidden, hidden)])
-        self.task = EnsembleLinear(n_nets, n_tasks, hidden)
+        self.base = nn.ModuleList(
+            [EnsembleLinear(n_nets, n_in, hidden, cfg), EnsembleLinear(n_nets, hidden, hidden, cfg)]
+        )
+        self.task = EnsembleLinear(n_nets, n_tasks, hidden, cfg)
         route_widths = (hidden, *cfg.route_widths, cfg.n_logits)
-        self.route = nn.ModuleList(EnsembleLinear(n_nets, n, m) for n, m in pairwise(route_widths))
-        self.module0 = EnsembleLinear(n_nets, hidden, width)
+        self.route = nn.ModuleList(EnsembleLinear(n_nets, n, m, cfg) for n, m in pairwise(route_widths))
+        self.module0 = EnsembleLinear(n_nets, hidden, width, cfg)
         bound = width**-0.5
         self.module_weight = nn.Parameter(torch.empty(n_nets, cfg.n_modules - 1, width, width).uniform_(-bound, bound))
         self.module_bias = nn.Parameter(torch.full((n_nets, cfg.n_modules - 1, width), 0.1))
-        self.head = EnsembleLinear(n_nets, width, n_out, init_range=3e-3)
+        self.head = EnsembleLinear(n_nets, width, n_out, cfg, init_range=3e-3)
 
     def forward(self, x: Tensor, task: Tensor, choice: RouteChoice = GREEDY) -> tuple[Tensor, Routes]:
         """x [B,n_in] float, task [B] integer in [0,T) -> out [E,B,n_out], routes.
@@ -103,15 +103,15 @@ class RoutedNetwork(nn.Module):
         if task.shape != x.shape[:1]:
             raise ValueError(f"task: expected [B={x.shape[0]}], got {list(task.shape)}")
         onehot = (task[:, None] == torch.arange(self.n_tasks, device=task.device)).to(x.dtype)  # [B,T]
-        f = self.base[1](self.base[0](x).relu())  # [E,B,H]
+        f = self.base[1](self.base[0](x, relu=True))  # [E,B,H]
         logits = f * self.task(onehot)  # [E,B,H]
         for layer in self.route[:-1]:
-            logits = layer(logits).relu()
+            logits = layer(logits, relu=True)
         logits = self.route[-1](logits)  # [E,B,R]
         cfg = self.cfg
         masked = cfg.resrouting and self.training
         routes = select_routes(logits, cfg.top_k, *choice, resrouting=masked, backend=cfg.backend)
-        h0 = self.module0(f.relu()).relu()  # [E,B,D]
+        h0 = self.module0(f.relu(), relu=True)  # [E,B,D]
         mixed = routed_modules(
             h0, self.module_weight, self.module_bias, routes, cfg.residual, cfg.backend, cfg.precision
         )  # [E,B,D]

@@ -276,7 +276,7 @@ def test_forward_twice_is_identical_and_changes_nothing():
 
 
 def test_ensemble_linear_takes_shared_and_own_inputs():
-    layer = EnsembleLinear(2, 4, 3).double()
+    layer = EnsembleLinear(2, 4, 3, NetConfig()).double()
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     expected = torch.stack([x[e] @ layer.weight[e].T + layer.bias[e] for e in range(2)])
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-14)

@@ -1,6 +1,15 @@
-"""The two operations of the method: choosing routes, and running the routed modules."""
+"""The operations of the method: choosing routes, running the routed modules, and the linear layers around them."""
 
+from d2r_fast.ops.ensemble_linear import ensemble_linear
 from d2r_fast.ops.routed_modules import routed_modules
 from d2r_fast.ops.select_routes import Routes, count_active, make_routes, select_routes, unpack_active
 
-__all__ = ["Routes", "count_active", "make_routes", "routed_modules", "select_routes", "unpack_active"]
+__all__ = [
+    "Routes",
+    "count_active",
+    "ensemble_linear",
+    "make_routes",
+    "routed_modules",
+    "select_routes",
+    "unpack_active",
+]

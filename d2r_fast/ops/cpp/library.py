@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = Path(__file__).parents[2] / "_cpu.so"
 MAX_WIDTH = 1024
@@ -61,3 +62,8 @@ def state() -> str:
 def has_bf16_products() -> bool:
     """Whether float32 tensors can be multiplied as bf16 here."""
     return "avx512bf16" in instruction_sets()
+
+
+def rounds_to_bf16(value: Tensor, precision: str) -> bool:
+    """bf16 products need AVX512-BF16 and float32 tensors; elsewhere products stay in the tensors' own dtype."""
+    return precision == "bf16" and value.dtype == torch.float32 and has_bf16_products()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from d2r_fast.ops.cpp.library import has_bf16_products, operations
+from d2r_fast.ops.cpp.library import operations, rounds_to_bf16
 
 
 def forward(
@@ -26,7 +26,7 @@ def forward(
     mixed, h = h0.new_empty(h0.shape), h0.new_empty(kept_shape)
     opened = torch.empty(kept_shape, dtype=torch.bool)
     inputs = (v.contiguous() for v in (h0, weight, bias, index, gate, active))
-    bf16 = _rounds_to_bf16(h0, precision)
+    bf16 = rounds_to_bf16(h0, precision)
     operations().routed_modules(*inputs, residual, bf16, mixed, h, opened)
     return mixed, h, opened
 
@@ -49,11 +49,6 @@ def backward(
     d_weight = weight.new_empty(weight.shape if to_weight else 0)
     d_bias = weight.new_empty(weight.shape[:3] if to_weight else 0)
     inputs = (v.contiguous() for v in (d_mixed, weight, index, gate, flow, active, h, opened))
-    bf16 = _rounds_to_bf16(h, precision)
+    bf16 = rounds_to_bf16(h, precision)
     operations().routed_modules_backward(*inputs, residual, bf16, d_h0, d_weight, d_bias, d_gate)
     return d_h0, d_weight, d_bias, d_gate
-
-
-def _rounds_to_bf16(value: Tensor, precision: str) -> bool:
-    """bf16 products need AVX512-BF16 and float32 tensors; elsewhere products stay in the tensors' own dtype."""
-    return precision == "bf16" and value.dtype == torch.float32 and has_bf16_products()

@@ -1,0 +1,177 @@
+"""One whole update (critics, actor, alpha, clipping, Adam, targets): how long, against what, and over what floor.
+
+    python benches/update_step.py --suite mt10 --device cpu --json benches/results/update_step_mt10_cpu.json
+
+Published sizes, a replay of random transitions, the learner as training runs it (sampling and noise included). Backends
+take turns in one run. The floor is the arithmetic that active modules need over the rate of the library's matrix
+products at these sizes, measured in the same run. `--profile FILE` writes a trace and prints the top costs.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from timing import Run, matmul, matmul_flop, measure, print_table, synchronise, write_report
+
+from d2r_fast.config import NetConfig, RunConfig
+from d2r_fast.envs import MultiTaskEnvs
+from d2r_fast.learner import Learner
+from d2r_fast.ops import count_active
+from d2r_fast.ops.backends import PRECISIONS, availability
+from d2r_fast.policy import N_CRITICS
+from d2r_fast.presets import load_config
+from d2r_fast.replay import Replay, Transitions
+from d2r_fast.trainer import make_agent
+
+ROWS_PER_TASK = 2000  # in the replay
+OBS, ACTIONS = MultiTaskEnvs.obs_size, MultiTaskEnvs.action_size
+
+
+def random_transitions(cfg: RunConfig, device: str) -> Transitions:
+    """Transitions of every task with routes that each route could have kept."""
+    shape, net = (cfg.n_tasks, ROWS_PER_TASK), cfg.net
+    score = torch.rand(*shape, net.n_modules, net.n_modules, device=device)
+    below = torch.ones(net.n_modules, net.n_modules, device=device).tril()
+    route = (score + below).topk(net.top_k, -1).indices.to(torch.uint8)
+    return Transitions(
+        obs=torch.randn(*shape, OBS, device=device),
+        action=torch.rand(*shape, ACTIONS, device=device) * 2 - 1,
+        reward=torch.rand(shape, device=device),
+        terminal=torch.zeros(shape, dtype=torch.bool, device=device),
+        next_obs=torch.randn(*shape, OBS, device=device),
+        route=route,
+    )
+
+
+def make_learner(cfg: RunConfig, device: str) -> Learner:
+    agent = make_agent(cfg, torch.device(device))
+    capacity = cfg.n_tasks * ROWS_PER_TASK
+    routes = (cfg.net.n_modules, cfg.net.top_k)
+    replay = Replay(cfg.n_tasks, capacity, OBS, ACTIONS, routes, torch.device(device))
+    replay.add(random_transitions(cfg, device))
+    return Learner(agent, replay, cfg, seed=0)
+
+
+def update_flop(cfg: RunConfig, active: float) -> float:
+    """Arithmetic of one update's matrix products, multiply and add counted apart; `active` modules 1..N-1 run a row.
+
+    A layer's backward costs one product for its weight and one for its input; a network's first layer needs the second
+    only where the gradient goes on to the action, and no product with constant weights needs the first.
+    """
+    net: NetConfig = cfg.net
+    widths = (net.base_width, *net.route_widths, net.n_logits)
+    inner = net.base_width**2 + sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
+    inner += net.base_width * net.module_width + active * net.module_width**2
+
+    def network(n_in: int, n_out: int, forwards: int, to_weight: int, to_inner: int, to_input: int) -> float:
+        first, rest = n_in * net.base_width, inner + net.module_width * n_out
+        return first * (forwards + to_weight + to_input) + rest * (forwards + to_weight + to_inner)
+
+    # Actor: next action; acted route and its backward. Critics: targets; loss and its backward; inside the actor's loss
+    # forward and the gradient to the action.
+    actor = network(OBS, 2 * ACTIONS, forwards=2, to_weight=1, to_inner=1, to_input=0)
+    critics = N_CRITICS * network(OBS + ACTIONS, 1, forwards=3, to_weight=1, to_inner=2, to_input=1)
+    return 2.0 * cfg.batch_size * (actor + critics)
+
+
+def mean_active(learner: Learner, cfg: RunConfig) -> float:
+    """Modules 1..N-1 that a row of a fresh network runs, the mean over actor and critics on a sampled batch."""
+    batch = learner._replay.sample(cfg.batch_size, learner.generator)
+    agent = learner.agent
+    with torch.no_grad():
+        _, actor = agent.actor.net(batch.obs, batch.task)
+        _, critics = agent.critics.net(torch.cat([batch.obs, batch.action], 1), batch.task)
+    counts = [count_active(r.active, cfg.net.n_modules).double().mean().item() for r in (actor, critics)]
+    return (4 * counts[0] + 12 * counts[1]) / 16 - 1
+
+
+def kernels_launched(run: Run) -> int:
+    """Kernels of one update on a GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.count for event in trace.key_averages() if event.device_type.name == "CUDA")
+
+
+def write_profile(run: Run, path: Path, device: str) -> None:
+    """A trace of ten updates for chrome://tracing, and the top costs on the terminal."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities) as trace:
+        for _ in range(10):
+            run()
+        synchronise(device)
+    trace.export_chrome_trace(str(path))
+    by = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    print(trace.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60))
+    print(f"trace of 10 updates: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=("mt10", "mt50", "quick"), default="mt10")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backends", help="comma separated; default: all that work on the device")
+    parser.add_argument("--precisions", default="float32", help=f"comma separated, of {', '.join(PRECISIONS)}")
+    parser.add_argument("--rounds", type=int, default=15, help="updates measured of each variant")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--profile", type=Path, help="write a trace of the last variant here")
+    args = parser.parse_args()
+    fast = "triton" if args.device == "cuda" else "cpp"
+    ready = [name for name in ("reference", fast) if availability()[name].startswith("ready")]
+    backends = args.backends.split(",") if args.backends else ready
+    preset = load_config("quick" if args.suite == "quick" else f"{args.suite}-rand")
+
+    variants: dict[str, Run] = {"matmul": matmul(args.device, preset.batch_size, preset.net.module_width)}
+    learners: dict[str, Learner] = {}
+    for backend in backends:
+        for precision in args.precisions.split(",") if backend != "reference" else ["float32"]:
+            text = preset_with(preset, backend, precision)
+            learners[f"{backend}|{precision}"] = make_learner(text, args.device)
+    for name, learner in learners.items():
+        variants[name] = lambda learner=learner: learner.run(1)
+    samples = measure(variants, args.device, args.rounds, warmup=2)
+    rate = matmul_flop(preset.batch_size, preset.net.module_width) / samples["matmul"].median / 1e6
+    active = mean_active(next(iter(learners.values())), preset)
+    flop = update_flop(preset, active)
+    rows: list[dict[str, Any]] = []
+    first = samples[next(iter(learners))].median
+    for name in learners:
+        backend, precision = name.split("|")
+        row = {"variant": backend, "suite": args.suite, "device": args.device, "precision": precision}
+        row |= samples[name].as_dict()
+        row |= {"ratio_to_reference": round(first / samples[name].median, 2)}
+        row |= {"over_floor": round(samples[name].median / (flop / rate / 1e6), 2)}
+        if args.device == "cuda":
+            row["kernels"] = kernels_launched(variants[name])
+            row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        rows.append(row)
+    print(
+        f"{args.suite}: {preset.batch_size} rows, {active:.2f} of {preset.net.n_modules - 1} routed modules active a row"
+    )
+    print(
+        f"{flop / 1e9:.1f} GFLOP an update, matrix products alone {rate:.1f} GFLOP/s: floor {flop / rate / 1e6:.1f} ms"
+    )
+    print_table(rows, [k for k in rows[0] if k not in ("suite", "device")])
+    if args.profile:
+        write_profile(variants[list(learners)[-1]], args.profile, args.device)
+    command = "python " + " ".join(["benches/update_step.py", *sys.argv[1:]])
+    facts = {"gflop": round(flop / 1e9, 2), "active_modules": round(active, 2), "matmul_gflops": round(rate, 1)}
+    facts["rss_mib"] = round(psutil.Process().memory_info().rss / 2**20)
+    write_report(args.json, command, args.device, rows, **facts)
+
+
+def preset_with(preset: RunConfig, backend: str, precision: str) -> RunConfig:
+
+    return replace(preset, net=replace(preset.net, backend=backend, precision=precision))
+
+
+if __name__ == "__main__":
+    main()
