@@ -10,6 +10,7 @@ products at these sizes, measured in the same run. `--profile FILE` writes a tra
 import argparse
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def update_flop(cfg: RunConfig, active: float) -> float:
     """
     net: NetConfig = cfg.net
     widths = (net.base_width, *net.route_widths, net.n_logits)
-    inner = net.base_width**2 + sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
+    inner = net.base_width**2 + sum(a * b for a, b in pairwise(widths))
     inner += net.base_width * net.module_width + active * net.module_width**2
 
     def network(n_in: int, n_out: int, forwards: int, to_weight: int, to_inner: int, to_input: int) -> float:
@@ -154,7 +155,7 @@ def main() -> None:
             row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
         rows.append(row)
     print(
-        f"{args.suite}: {preset.batch_size} rows, {active:.2f} of {preset.net.n_modules - 1} routed modules active a row"
+        f"{args.suite}: {preset.batch_size} rows; {active:.2f} of {preset.net.n_modules - 1} routed modules run a row"
     )
     print(
         f"{flop / 1e9:.1f} GFLOP an update, matrix products alone {rate:.1f} GFLOP/s: floor {flop / rate / 1e6:.1f} ms"
