@@ -11,11 +11,10 @@ adjoints hold whatever the allocation held. A tile whose rows all skip a module 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from d2r_fast.kernels.settings import block_width, check_dtype, settings_for
 from d2r_fast.kernels.tiles import mix_sources, product, tile_rows
 from d2r_fast.kernels.weight_gradient import weight_gradient
+from torch import Tensor
 
 # Sorting rows by their active modules lets a tile skip more, and costs launches of its own. Up to about two tiles a
 # multiprocessor (132 on an H100 or H200) all tiles run at once and the slowest, which skips least, decides the time.

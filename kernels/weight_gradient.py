@@ -3,10 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from d2r_fast.kernels.settings import block_width, settings_for
 from d2r_fast.kernels.tiles import mix_sources, product
+from torch import Tensor
 
 MAX_SPLIT_ROWS = 8192
 REDUCE_BLOCK = 1024
