@@ -11,7 +11,7 @@ adjoints hold whatever the allocation held. A tile whose rows all skip a module 
 import torch
 import triton
 import triton.language as tl
-from d2r_fast.kernels.settings import block_width, check_dtype, settings_for
+from d2r_fast.kernels.settings import check_dtype, walk_launch
 from d2r_fast.kernels.tiles import mix_sources, product, tile_rows
 from d2r_fast.kernels.weight_gradient import weight_gradient
 from torch import Tensor
@@ -185,17 +185,16 @@ def forward(
     check_dtype("h0", h0)
     n_nets, n_rows, width = h0.shape
     n_modules, n_kept = index.shape[2:]
-    settings = settings_for("routed_modules_fwd", precision, width)
+    launch = walk_launch("routed_modules_fwd", precision, n_modules, n_kept, width)
     mixed = torch.empty_like(h0, memory_format=torch.contiguous_format)
     h = h0.new_empty(n_nets, n_modules, n_rows, width)
     opened = torch.empty_like(h, dtype=torch.bool) if keep else None
     if mixed.numel() > 0:
-        tiles = triton.cdiv(n_rows, settings.block_rows)
+        tiles = triton.cdiv(n_rows, launch["BLOCK_ROWS"])
         routed_modules_fwd_kernel[tiles, n_nets](
             h0.contiguous(), weight.contiguous(), bias.contiguous(), index.contiguous(), gate.contiguous(),
             active.contiguous(), _order(active, tiles, sort_rows), mixed, h, opened, n_rows,
-            n_modules, n_kept, width, residual, precision, block_width(width), settings.block_rows, settings.block_k,
-            num_warps=settings.num_warps, num_stages=settings.num_stages,
+            RESIDUAL=residual, **launch,
         )  # fmt: skip
     if opened is None:
         return mixed, h.new_empty(0), h.new_empty(0, dtype=torch.bool)
@@ -224,19 +223,18 @@ def backward(
     check_dtype("d_mixed", d_mixed)
     n_nets, n_rows, width = d_mixed.shape
     n_modules, n_kept = index.shape[2:]
-    settings = settings_for("routed_modules_bwd", precision, width)
+    launch = walk_launch("routed_modules_bwd", precision, n_modules, n_kept, width)
     index, gate, flow, active = (v.contiguous() for v in (index, gate, flow, active))
     d_h0 = torch.empty_like(d_mixed, memory_format=torch.contiguous_format)
     d_gate = torch.zeros_like(gate)
     to_relu = torch.empty_like(h)
     to_residual = torch.empty_like(h) if residual else h.new_empty(0)
     if d_h0.numel() > 0:
-        tiles = triton.cdiv(n_rows, settings.block_rows)
+        tiles = triton.cdiv(n_rows, launch["BLOCK_ROWS"])
         routed_modules_bwd_kernel[tiles, n_nets](
             d_mixed.contiguous(), h, weight.contiguous(), opened, index, gate, flow, active,
             _order(active, tiles, sort_rows), d_h0, d_gate, to_relu, to_residual, n_rows,
-            n_modules, n_kept, width, residual, precision, block_width(width), settings.block_rows, settings.block_k,
-            num_warps=settings.num_warps, num_stages=settings.num_stages,
+            RESIDUAL=residual, **launch,
         )  # fmt: skip
     if not need_weight:
         return d_h0, h.new_empty(0), h.new_empty(0), d_gate

@@ -4,15 +4,15 @@ All routes of a row are worked on at once, as a [rows,routes,sources] block padd
 the only dependent steps, and then the walk back from the head, which is on one integer a route.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from d2r_fast.kernels.settings import check_dtype
 from torch import Tensor
 
-from d2r_fast.kernels.settings import check_dtype
-
-BLOCK_LOGITS = 1024  # of the padded block: 8 a thread, so all of a row's logits are in registers after one load
-NUM_WARPS = 4
+WARP_LOGITS = 256  # of the padded block, 8 a thread: at N=16 a row is one warp, so no reduction needs a barrier
 
 
 @triton.jit(do_not_specialize=["n_total", "n_rows"])
@@ -111,10 +111,18 @@ def select_routes_bwd_kernel(
     tl.store(d_logits_ptr + packed, d_logits, mask=exists & (source < route))
 
 
-def blocks(n_modules: int, n_kept: int) -> tuple[int, int, int]:
-    """Block sizes: routes (and sources), slots, rows."""
+def route_launch(n_modules: int, n_kept: int) -> dict[str, Any]:
+    """Constants and options that both kernels share."""
     block_n = triton.next_power_of_2(n_modules)
-    return block_n, triton.next_power_of_2(n_kept), max(1, BLOCK_LOGITS // block_n**2)
+    rows = max(1, WARP_LOGITS // block_n**2)
+    return {
+        "N": n_modules,
+        "K": n_kept,
+        "BLOCK_N": block_n,
+        "BLOCK_SLOTS": triton.next_power_of_2(n_kept),
+        "BLOCK_ROWS": rows,
+        "num_warps": max(1, rows * block_n**2 // WARP_LOGITS),
+    }
 
 
 def forward(
@@ -139,11 +147,11 @@ def forward(
     gate, flow = torch.empty_like(index, dtype=logits.dtype), torch.empty_like(index, dtype=torch.bool)
     active = torch.empty(n_nets, n_rows, dtype=torch.int32, device=logits.device)
     if active.numel() > 0:
-        block_n, block_slots, block_rows = blocks(n_modules, k)
+        launch = route_launch(n_modules, k)
         packed = [None if v is None else v.contiguous() for v in (logits, temperature, noise, given)]
-        select_routes_fwd_kernel[(triton.cdiv(active.numel(), block_rows),)](
+        select_routes_fwd_kernel[(triton.cdiv(active.numel(), launch["BLOCK_ROWS"]),)](
             *packed, index, gate, flow, active, active.numel(), n_rows,
-            n_modules, k, resrouting, block_n, block_slots, block_rows, num_warps=NUM_WARPS,
+            RESROUTING=resrouting, **launch,
         )  # fmt: skip
     return index, gate, flow, active
 
@@ -154,9 +162,8 @@ def backward(d_gate: Tensor, index: Tensor, gate: Tensor, k: int, n_modules: int
     n_nets, n_rows = index.shape[:2]
     d_logits = gate.new_empty(n_nets, n_rows, n_modules * (n_modules + 1) // 2)
     if d_logits.numel() > 0:
-        block_n, block_slots, block_rows = blocks(n_modules, k)
-        select_routes_bwd_kernel[(triton.cdiv(n_nets * n_rows, block_rows),)](
-            d_gate.contiguous(), index.contiguous(), gate.contiguous(), d_logits, n_nets * n_rows,
-            n_modules, k, block_n, block_slots, block_rows, num_warps=NUM_WARPS,
+        launch = route_launch(n_modules, k)
+        select_routes_bwd_kernel[(triton.cdiv(n_nets * n_rows, launch["BLOCK_ROWS"]),)](
+            d_gate.contiguous(), index.contiguous(), gate.contiguous(), d_logits, n_nets * n_rows, **launch,
         )  # fmt: skip
     return d_logits

@@ -13,9 +13,8 @@ def tile_rows(active_ptr, order_ptr, first, n_rows, tile, BLOCK_ROWS: tl.constex
     """
     at = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = at < n_rows
-    if order_ptr is None:
-        row = at.to(tl.int64)
-    else:
+    row = at.to(tl.int64)
+    if order_ptr is not None:
         row = tl.load(order_ptr + first + at, mask=inside, other=0).to(tl.int64)
     return row, inside, tl.load(active_ptr + first + row, mask=inside, other=0)
 

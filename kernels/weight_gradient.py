@@ -1,13 +1,14 @@
 """Weight and bias gradients of all modules: one product a module over its active rows, in a fixed order of sums."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
-from d2r_fast.kernels.settings import block_width, settings_for
+from d2r_fast.kernels.settings import gradient_launch
 from d2r_fast.kernels.tiles import mix_sources, product
 from torch import Tensor
 
-MAX_SPLIT_ROWS = 8192
 REDUCE_BLOCK = 1024
 
 
@@ -92,12 +93,6 @@ def _sum_splits(part_ptr, total_ptr, tile, n, N_SPLITS: tl.constexpr, BLOCK: tl.
     tl.store(total_ptr + at, total, mask=at < n)
 
 
-def split_rows(n_rows: int) -> int:
-    """Rows that one program of the weight gradient covers: eight splits fill the device at the published sizes
-    (E=2, N=16: 30 modules a split), more only add partial sums, E*(N-1)*D*D each."""
-    return min(MAX_SPLIT_ROWS, max(128, triton.next_power_of_2(triton.cdiv(n_rows, 8))))
-
-
 def weight_gradient(
     to_relu: Tensor, opened: Tensor, h: Tensor, index: Tensor, gate: Tensor, active: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
@@ -107,22 +102,13 @@ def weight_gradient(
     d_bias = h.new_empty(n_nets, n_modules - 1, width)
     if h.numel() == 0 or n_modules == 1:
         return d_weight.zero_(), d_bias.zero_()
-    settings = settings_for("weight_gradient", precision, width)
-    block_out, block_in = min(128, block_width(width)), min(settings.block_k, block_width(width))
-    per_split = split_rows(n_rows)
-    n_splits = triton.cdiv(n_rows, per_split)
-    grid = (n_nets * (n_modules - 1), n_splits, triton.cdiv(width, block_out) * triton.cdiv(width, block_in))
-    listed = torch.empty(grid[0] * grid[1] * grid[2] * per_split, dtype=torch.int32, device=h.device)
-    parts = (
-        (d_weight, d_bias)
-        if n_splits == 1
-        else (d_weight.new_empty(n_splits, *d_weight.shape), d_bias.new_empty(n_splits, *d_bias.shape))
-    )
-    weight_gradient_kernel[grid](
-        to_relu, opened, h, index, gate, active, listed, *parts, n_rows,
-        n_modules, index.shape[3], width, precision, per_split, block_out, block_in, settings.block_rows,
-        num_warps=settings.num_warps, num_stages=settings.num_stages,
-    )  # fmt: skip
+    launch = gradient_launch(precision, n_modules, index.shape[3], width, n_rows)
+    n_splits = triton.cdiv(n_rows, launch["SPLIT_ROWS"])
+    n_tiles = triton.cdiv(width, launch["BLOCK_OUT"]) * triton.cdiv(width, launch["BLOCK_IN"])
+    grid = (n_nets * (n_modules - 1), n_splits, n_tiles)
+    listed = torch.empty(math.prod(grid) * launch["SPLIT_ROWS"], dtype=torch.int32, device=h.device)
+    parts = [d_weight, d_bias] if n_splits == 1 else [v.new_empty(n_splits, *v.shape) for v in (d_weight, d_bias)]
+    weight_gradient_kernel[grid](to_relu, opened, h, index, gate, active, listed, *parts, n_rows, **launch)
     if n_splits > 1:
         tiles = triton.cdiv(d_weight.numel(), REDUCE_BLOCK) + triton.cdiv(d_bias.numel(), REDUCE_BLOCK)
         weight_gradient_reduce_kernel[(tiles,)](
