@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from d2r_fast.kernels.settings import check_dtype
+from d2r_fast.kernels.settings import FUSED, check_dtype
 from torch import Tensor
 
 WARP_LOGITS = 256  # of the padded block, 8 a thread: at N=16 a row is one warp, so no reduction needs a barrier
@@ -122,7 +122,7 @@ def route_launch(n_modules: int, n_kept: int) -> dict[str, Any]:
         "BLOCK_SLOTS": triton.next_power_of_2(n_kept),
         "BLOCK_ROWS": rows,
         "num_warps": max(1, rows * block_n**2 // WARP_LOGITS),
-    }
+    } | FUSED
 
 
 def forward(

@@ -5,11 +5,11 @@ import math
 import torch
 import triton
 import triton.language as tl
-from d2r_fast.kernels.settings import gradient_launch
+from d2r_fast.kernels.settings import FUSED, gradient_launch
 from d2r_fast.kernels.tiles import mix_sources, product
 from torch import Tensor
 
-REDUCE_BLOCK = 1024
+REDUCE_LAUNCH = {"BLOCK": 1024, "num_warps": 4} | FUSED
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -70,7 +70,7 @@ def weight_gradient_kernel(
         tl.store(d_bias_ptr + part * D + out, d_bias, mask=out < D)
 
 
-@triton.jit(do_not_specialize=["n_weights", "n_biases"])
+@triton.jit
 def weight_gradient_reduce_kernel(
     weight_part_ptr, bias_part_ptr, d_weight_ptr, d_bias_ptr, n_weights, n_biases,
     N_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -110,8 +110,10 @@ def weight_gradient(
     parts = [d_weight, d_bias] if n_splits == 1 else [v.new_empty(n_splits, *v.shape) for v in (d_weight, d_bias)]
     weight_gradient_kernel[grid](to_relu, opened, h, index, gate, active, listed, *parts, n_rows, **launch)
     if n_splits > 1:
-        tiles = triton.cdiv(d_weight.numel(), REDUCE_BLOCK) + triton.cdiv(d_bias.numel(), REDUCE_BLOCK)
+        tiles = triton.cdiv(d_weight.numel(), REDUCE_LAUNCH["BLOCK"]) + triton.cdiv(
+            d_bias.numel(), REDUCE_LAUNCH["BLOCK"]
+        )
         weight_gradient_reduce_kernel[(tiles,)](
-            *parts, d_weight, d_bias, d_weight.numel(), d_bias.numel(), n_splits, REDUCE_BLOCK, num_warps=4
+            *parts, d_weight, d_bias, d_weight.numel(), d_bias.numel(), N_SPLITS=n_splits, **REDUCE_LAUNCH
         )
     return d_weight, d_bias
