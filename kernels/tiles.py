@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def tile_rows(active_ptr, order_ptr, first, n_rows, tile, BLOCK_ROWS: tl.constexpr):
@@ -45,4 +47,7 @@ def product(a, b, total, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
         a = a.to(tl.bfloat16)
         b = b.to(tl.bfloat16)
+        if INTERPRETED:  # the interpreter's product takes the bits of a bfloat16 for an integer
+            a = a.to(total.dtype)
+            b = b.to(total.dtype)
     return tl.dot(a, b, total, input_precision="tf32" if PRECISION == "tf32" else "ieee")
