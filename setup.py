@@ -23,7 +23,15 @@ TRAIN = [
     "tqdm>=4.66",
     "tyro>=0.9",
 ]
-DEV = ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.5", "types-psutil"]
+DEV = [
+    "hypothesis>=6.100",
+    "mypy>=1.10",
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "ruff>=0.5",
+    'triton>=3.6; platform_system == "Linux"',
+    "types-psutil",
+]
 
 
 

@@ -1,5 +1,6 @@
 """Fixtures that every test file shares."""
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -15,6 +16,9 @@ settings.register_profile("d2r_fast", derandomize=True, database=None, deadline=
 settings.load_profile("d2r_fast")
 # Test tensors are so small that a second thread costs more than it gives, and the cores are often shared.
 torch.set_num_threads(1)
+# Read when a kernel is defined, so before anything imports triton: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,10 @@ python3 -c 'import torch; assert torch.cuda.is_available(), "no GPU: torch finds
   | tee "$out/machine.txt"
 status=0
 python3 -m pytest -q -p no:cacheprovider tests/test_gpu.py 2>&1 | tee "$out/gpu_tests.txt" || status=1
+# The kernels on the device, and what they compile to with the Triton of this machine.
+python3 -m pytest -q -p no:cacheprovider tests/test_triton_kernels.py tests/test_triton_compile.py 2>&1 \
+  | tee "$out/triton_tests.txt" || status=1
+python3 -m d2r_fast.kernels.compile_report --json "$out/triton_sm90.json" | tee "$out/triton_sm90.txt" || status=1
 for dtype in float64 float32; do
   python3 tests/check_golden.py tests/golden --device cuda --dtype "$dtype" > "$out/golden_$dtype.txt" || status=1
   tail -1 "$out/golden_$dtype.txt"

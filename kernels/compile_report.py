@@ -1,0 +1,161 @@
+"""Compile every kernel ahead of time for sm_90 and report what came out; needs Triton, but no GPU.
+
+    python -m d2r_fast.kernels.compile_report [--json FILE]
+
+One line a kernel, size and precision: registers a thread, bytes of stack a thread (spills), shared memory a program,
+global loads (and how many of them are 128 bits wide), copies straight to shared memory, and the instruction that does
+the products. Pointers are marked as 16-byte aligned, as the just-in-time launcher finds them: otherwise every load
+would be scalar and the report about a kernel that nobody runs.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from d2r_fast.kernels.routed_modules import routed_modules_bwd_kernel, routed_modules_fwd_kernel
+from d2r_fast.kernels.select_routes import route_launch, select_routes_bwd_kernel, select_routes_fwd_kernel
+from d2r_fast.kernels.settings import PRECISIONS, gradient_launch, walk_launch
+from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_kernel, weight_gradient_reduce_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGET = GPUTarget("cuda", 90, 32)
+SIZES = ((16, 2, 128), (32, 4, 256))  # N, K, D: as published; and the largest that the tile sizes are chosen for
+ROWS = 1280  # per network, as published
+MAX_STACK = {"routed_modules_bwd": 64}
+"""Bytes a thread may spill (others: none): the backward trades them for a second program on the multiprocessor."""
+MAX_SHARED = 227 * 1024
+"""Bytes of shared memory that one program can have on sm_90."""
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+ALIGNED = ("n_weights", "n_biases")  # E*(N-1)*D*D and E*(N-1)*D: the launcher sees multiples of 16 at every size here
+INTEGERS = ("index_ptr", "given_ptr", "active_ptr", "order_ptr", "list_ptr")
+FLAGS = ("opened_ptr", "flow_ptr")
+
+
+class Row(NamedTuple):
+    """One compiled kernel."""
+
+    kernel: str
+    size: str
+    precision: str
+    registers: int
+    stack: int
+    max_stack: int
+    shared: int
+    loads: int
+    wide_loads: int
+    copies: int
+    product: str
+
+
+def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
+    """Label, size, precision, kernel, and what the launcher passes besides tensors and row counts (None: no tensor)."""
+    for n, k, d in SIZES:
+        size = f"N{n}-K{k}-D{d}"
+        for precision in PRECISIONS:
+            forward = walk_launch("routed_modules_fwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
+            backward = walk_launch("routed_modules_bwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
+            yield "routed_modules_fwd", size, precision, routed_modules_fwd_kernel, forward
+            yield "routed_modules_bwd", size, precision, routed_modules_bwd_kernel, backward
+            yield "weight_gradient", size, precision, weight_gradient_kernel, gradient_launch(precision, n, k, d, ROWS)
+        shared = route_launch(n, k)
+        unused: dict[str, dict[str, Any]] = {
+            "greedy": {"temperature_ptr": None, "noise_ptr": None, "given_ptr": None},
+            "sampled": {"given_ptr": None},
+            "given": {"temperature_ptr": None, "noise_ptr": None},
+        }
+        for mode, absent in unused.items():
+            launch = shared | {"RESROUTING": True} | absent
+            yield f"select_routes_fwd {mode}", size, "float32", select_routes_fwd_kernel, launch
+        yield "select_routes_bwd", size, "float32", select_routes_bwd_kernel, shared
+    n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS)["SPLIT_ROWS"])
+    reduce = {"N_SPLITS": n_splits} | REDUCE_LAUNCH
+    yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
+
+
+def compile_kernel(label: str, size: str, precision: str, kernel: Any, launch: dict[str, Any]) -> Row:
+    """Compile for sm_90 and read the machine code."""
+    constants = {name: value for name, value in launch.items() if name not in OPTIONS}
+    signature = {name: "constexpr" if name in constants else _type_of(name) for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in ALIGNED
+    }
+    options = {name: launch[name] for name in OPTIONS if launch.get(name) is not None}
+    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=TARGET, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _run("cuobjdump", "-res-usage", cubin.name)
+        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", _run("nvdisasm", "-c", cubin.name))
+    loads = [op for op in code if op.startswith("LDG.")]
+    kinds = [kind for kind in ("HGMMA", "HMMA") if any(op.startswith(kind) for op in code)]
+    if not kinds:
+        kinds = ["FFMA" if "PRECISION" in constants else "-"]
+    return Row(
+        label,
+        size,
+        precision,
+        registers=_number(r"REG:(\d+)", usage),
+        stack=_number(r"STACK:(\d+)", usage),
+        max_stack=MAX_STACK.get(label, 0),
+        shared=compiled.metadata.shared,
+        loads=len(loads),
+        wide_loads=sum(".128" in op for op in loads),
+        copies=sum(op.startswith("LDGSTS") for op in code),
+        product="+".join(kinds),
+    )
+
+
+def _type_of(name: str) -> str:
+    if not name.endswith("_ptr"):
+        return "i32"
+    return "*i32" if name in INTEGERS else "*i1" if name in FLAGS else "*fp32"
+
+
+def _run(tool: str, *arguments: str) -> str:
+    """A CUDA binary tool's output: Triton's own copy, else the one on the path."""
+    own = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    path = str(own) if own.exists() else shutil.which(tool)
+    if path is None:
+        raise FileNotFoundError(f"{tool}: neither in {own.parent} nor on the path")
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"cuobjdump: expected {pattern} in its output, got {text!r}")
+    return int(found[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: an interpreted kernel is not compiled; unset it")
+    print(f"triton {triton.__version__}, sm_90, B={ROWS}; shared memory is at most {MAX_SHARED}")
+    line = "{:26} {:12} {:9} {:>9} {:>5} {:>9} {:>6} {:>5} {:>10} {:>6} {}"
+    print(line.format(*Row._fields))
+    rows = []
+    for case in cases():
+        rows.append(compile_kernel(*case))
+        print(line.format(*rows[-1]), flush=True)
+    if arguments.json is not None:
+        arguments.json.write_text(
+            json.dumps({"triton": triton.__version__, "rows": [r._asdict() for r in rows]}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()

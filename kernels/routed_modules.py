@@ -1,0 +1,249 @@
+"""All N modules in one launch forward and three backward (`d2r_fast.ops.routed_modules` is contract and oracle).
+
+A module's sources are rows of the same tile, so one program walks all modules of a tile of rows by itself. What it
+writes for one module it reads for a later one: same program, but other threads, hence the barrier after every module.
+The buffers between modules are [E,N,B,D] in global memory; a tile's part of them stays in L2.
+
+What a row's `active` does not reach is neither computed, written nor read: those rows of `h`, `opened` and of both
+adjoints hold whatever the allocation held. A tile whose rows all skip a module pays one reduction for it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from d2r_fast.kernels.settings import check_dtype, walk_launch
+from d2r_fast.kernels.tiles import mix_sources, product, tile_rows
+from d2r_fast.kernels.weight_gradient import weight_gradient
+from torch import Tensor
+
+# Sorting rows by their active modules lets a tile skip more, and costs launches of its own. Up to about two tiles a
+# multiprocessor (132 on an H100 or H200) all tiles run at once and the slowest, which skips least, decides the time.
+SORT_FROM_TILES = 264
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def routed_modules_fwd_kernel(
+    h0_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, active_ptr, order_ptr, mixed_ptr, h_ptr, opened_ptr, n_rows,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(B, BLOCK_ROWS), E); a program owns its rows of h, opened and mixed through all N modules.
+
+    Per active module and row: reads K sources of D twice (as the product's operand, and for the residual: to hold x
+    next to the accumulator spills), writes D of h and D bytes of opened. Per module that a tile touches: D*D weights.
+    Invariant: an active module's sources are active, so no load that the masks let through meets unwritten memory.
+    """
+    net = tl.program_id(1).to(tl.int64)
+    row, inside, active = tile_rows(active_ptr, order_ptr, net * n_rows, n_rows, tl.program_id(0), BLOCK_ROWS)
+    col = tl.arange(0, BLOCK_D)
+    in_width = (col < D)[None, :]
+    buffer = net * N * n_rows * D
+    slot = (net * n_rows + row) * (N * K)  # of route 1
+    own_row = ((net * n_rows + row) * D)[:, None] + col[None, :]
+
+    # Module 0's output joins the buffer, so that every source is a row of one array.
+    h0 = tl.load(h0_ptr + own_row, mask=inside[:, None] & in_width, other=0.0)
+    tl.store(h_ptr + buffer + (row * D)[:, None] + col[None, :], h0, mask=inside[:, None] & in_width)
+    tl.debug_barrier()
+    for i in range(1, N):
+        wanted = inside & (((active >> i) & 1) != 0)
+        if tl.max(wanted.to(tl.int32), 0) > 0:
+            route = slot + (i - 1) * K
+            module = net * (N - 1) + i - 1
+            z = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
+            for start in range(0, D, BLOCK_K):
+                feature = start + tl.arange(0, BLOCK_K)
+                x = mix_sources(h_ptr + buffer, index_ptr, gate_ptr, route, row, wanted, i, feature, n_rows, D, K)
+                w = tl.load(
+                    weight_ptr + module * D * D + (col * D)[:, None] + feature[None, :],
+                    mask=(col < D)[:, None] & (feature < D)[None, :],
+                    other=0.0,
+                )
+                z = product(x, tl.trans(w), z, PRECISION)
+            z += tl.load(bias_ptr + module * D + col, mask=col < D, other=0.0)[None, :]
+            h = tl.where(z <= 0, 0.0, z)  # a NaN stays: a diverged network must show
+            if RESIDUAL:
+                h += mix_sources(h_ptr + buffer, index_ptr, gate_ptr, route, row, wanted, i, col, n_rows, D, K)
+            at = buffer + ((i * n_rows + row) * D)[:, None] + col[None, :]
+            tl.store(h_ptr + at, h, mask=wanted[:, None] & in_width)
+            if opened_ptr is not None:
+                tl.store(opened_ptr + at, z > 0, mask=wanted[:, None] & in_width)
+            tl.debug_barrier()
+    mixed = mix_sources(h_ptr + buffer, index_ptr, gate_ptr, slot + (N - 1) * K, row, inside, N, col, n_rows, D, K)
+    tl.store(mixed_ptr + own_row, mixed, mask=inside[:, None] & in_width)
+
+
+@triton.jit
+def _push(
+    d_main, d_res, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
+    slot, row, wanted, route, col, touched, n_rows,
+    D: tl.constexpr, K: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Hand the gradient at x of one route to its sources; returns which adjoint rows exist by now (bits).
+
+    The first gradient that reaches an adjoint row is stored, later ones are added: nothing has to be zeroed before,
+    and a row reads only what it wrote. Sources of a route are distinct, so its slots never meet. S_0 is never read.
+    """
+    d_all = d_main + d_res
+    for k in tl.static_range(K):
+        used = tl.where(route > k, wanted, False)
+        source = tl.load(index_ptr + slot + k, mask=used, other=0)
+        gate = tl.load(gate_ptr + slot + k, mask=used, other=0.0)[:, None]
+        flow = tl.load(flow_ptr + slot + k, mask=used, other=0)[:, None]
+        tile = used[:, None] & (col < D)[None, :]
+        seen = tile & (((touched >> source) & 1) != 0)[:, None]
+        at = ((source.to(tl.int64) * n_rows + row) * D)[:, None] + col[None, :]
+        h = tl.load(h_ptr + at, mask=tile, other=0.0)
+        tl.store(d_gate_ptr + slot + k, tl.sum(d_all * h, 1), mask=used)
+        to_relu = tl.load(to_relu_ptr + at, mask=seen, other=0.0)
+        tl.store(to_relu_ptr + at, to_relu + gate * (tl.where(flow != 0, d_main, 0.0) + d_res), mask=tile)
+        if RESIDUAL:
+            later = (source > 0)[:, None]
+            to_residual = tl.load(to_residual_ptr + at, mask=seen & later, other=0.0)
+            tl.store(to_residual_ptr + at, to_residual + gate * d_all, mask=tile & later)
+        touched |= tl.where(used, tl.full(source.shape, 1, tl.int32) << source, 0)
+    return touched
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def routed_modules_bwd_kernel(
+    d_mixed_ptr, h_ptr, weight_ptr, opened_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr, order_ptr,
+    d_h0_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr, n_rows,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(B, BLOCK_ROWS), E); a program owns its rows of d_h0, d_gate and of both adjoints, so no atomics.
+
+    Adjoints [E,N,B,D]: to_relu (A) reaches a module's ReLU layer, to_residual (S) its residual. Per active module and
+    row: reads D of A, S and D bytes of opened, then for each of K sources D of h and both adjoints, which it writes
+    back. A is left for the weight gradient (dz = A where opened). d_gate comes zeroed: skipped routes are not written.
+    """
+    net = tl.program_id(1).to(tl.int64)
+    row, inside, active = tile_rows(active_ptr, order_ptr, net * n_rows, n_rows, tl.program_id(0), BLOCK_ROWS)
+    col = tl.arange(0, BLOCK_D)
+    in_width = (col < D)[None, :]
+    buffer = net * N * n_rows * D
+    slot = (net * n_rows + row) * (N * K)  # of route 1
+    own_row = ((net * n_rows + row) * D)[:, None] + col[None, :]
+
+    d_x = tl.load(d_mixed_ptr + own_row, mask=inside[:, None] & in_width, other=0.0)
+    touched = _push(
+        d_x, tl.zeros_like(d_x), h_ptr + buffer, to_relu_ptr + buffer, to_residual_ptr + buffer, index_ptr, gate_ptr,
+        flow_ptr, d_gate_ptr, slot + (N - 1) * K, row, inside, N, col, tl.zeros_like(active), n_rows, D, K, RESIDUAL,
+    )  # fmt: skip
+    tl.debug_barrier()
+    for i in range(N - 1, 0, -1):
+        wanted = inside & (((active >> i) & 1) != 0)
+        if tl.max(wanted.to(tl.int32), 0) > 0:
+            module = net * (N - 1) + i - 1
+            at = (buffer + (i * n_rows + row) * D)[:, None]
+            d_main = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
+            for start in range(0, D, BLOCK_K):
+                feature = start + tl.arange(0, BLOCK_K)
+                part = wanted[:, None] & (feature < D)[None, :]
+                d_z = tl.load(to_relu_ptr + at + feature[None, :], mask=part, other=0.0)
+                opened = tl.load(opened_ptr + at + feature[None, :], mask=part, other=0)
+                w = tl.load(
+                    weight_ptr + module * D * D + (feature * D)[:, None] + col[None, :],
+                    mask=(feature < D)[:, None] & in_width,
+                    other=0.0,
+                )
+                d_main = product(tl.where(opened != 0, d_z, 0.0), w, d_main, PRECISION)
+            d_res = tl.zeros_like(d_main)
+            if RESIDUAL:
+                d_res = tl.load(to_residual_ptr + at + col[None, :], mask=wanted[:, None] & in_width, other=0.0)
+            touched = _push(
+                d_main, d_res, h_ptr + buffer, to_relu_ptr + buffer, to_residual_ptr + buffer, index_ptr, gate_ptr,
+                flow_ptr, d_gate_ptr, slot + (i - 1) * K, row, wanted, i, col, touched, n_rows, D, K, RESIDUAL,
+            )  # fmt: skip
+            tl.debug_barrier()
+    to_relu = tl.load(
+        to_relu_ptr + buffer + (row * D)[:, None] + col[None, :], mask=inside[:, None] & in_width, other=0.0
+    )
+    tl.store(d_h0_ptr + own_row, to_relu, mask=inside[:, None] & in_width)
+
+
+def forward(
+    h0: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    active: Tensor,
+    residual: bool,
+    precision: str,
+    keep: bool,
+    sort_rows: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mixed [E,B,D], and for backward h [E,N,B,D] and opened [E,N,B,D] bool (z_i > 0).
+
+    Arguments as `d2r_fast.ops.routed_modules`, index int32, active [E,B] int32 from the same routes. Rows of modules
+    that are not active are left as allocated in h and opened, and module 0's opened too. keep=False: both come empty.
+    sort_rows: group rows that route alike (None: where there are tiles enough); never changes a result.
+    ValueError: a dtype other than float32, or an unknown precision.
+    """
+    check_dtype("h0", h0)
+    n_nets, n_rows, width = h0.shape
+    n_modules, n_kept = index.shape[2:]
+    launch = walk_launch("routed_modules_fwd", precision, n_modules, n_kept, width)
+    mixed = torch.empty_like(h0, memory_format=torch.contiguous_format)
+    h = h0.new_empty(n_nets, n_modules, n_rows, width)
+    opened = torch.empty_like(h, dtype=torch.bool) if keep else None
+    if mixed.numel() > 0:
+        tiles = triton.cdiv(n_rows, launch["BLOCK_ROWS"])
+        routed_modules_fwd_kernel[tiles, n_nets](
+            h0.contiguous(), weight.contiguous(), bias.contiguous(), index.contiguous(), gate.contiguous(),
+            active.contiguous(), _order(active, tiles, sort_rows), mixed, h, opened, n_rows,
+            RESIDUAL=residual, **launch,
+        )  # fmt: skip
+    if opened is None:
+        return mixed, h.new_empty(0), h.new_empty(0, dtype=torch.bool)
+    return mixed, h, opened
+
+
+def backward(
+    d_mixed: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    opened: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    flow: Tensor,
+    active: Tensor,
+    residual: bool,
+    precision: str,
+    sort_rows: bool | None = None,
+    need_weight: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_h0 [E,B,D] (what may enter module 0's ReLU layer), d_weight, d_bias, d_gate [E,B,N,K].
+
+    h and opened as `forward` left them. d_gate is 0 in unused slots and in routes of modules that are not active.
+    need_weight=False skips the weight gradient: d_weight and d_bias come empty.
+    """
+    check_dtype("d_mixed", d_mixed)
+    n_nets, n_rows, width = d_mixed.shape
+    n_modules, n_kept = index.shape[2:]
+    launch = walk_launch("routed_modules_bwd", precision, n_modules, n_kept, width)
+    index, gate, flow, active = (v.contiguous() for v in (index, gate, flow, active))
+    d_h0 = torch.empty_like(d_mixed, memory_format=torch.contiguous_format)
+    d_gate = torch.zeros_like(gate)
+    to_relu = torch.empty_like(h)
+    to_residual = torch.empty_like(h) if residual else h.new_empty(0)
+    if d_h0.numel() > 0:
+        tiles = triton.cdiv(n_rows, launch["BLOCK_ROWS"])
+        routed_modules_bwd_kernel[tiles, n_nets](
+            d_mixed.contiguous(), h, weight.contiguous(), opened, index, gate, flow, active,
+            _order(active, tiles, sort_rows), d_h0, d_gate, to_relu, to_residual, n_rows,
+            RESIDUAL=residual, **launch,
+        )  # fmt: skip
+    if not need_weight:
+        return d_h0, h.new_empty(0), h.new_empty(0), d_gate
+    d_weight, d_bias = weight_gradient(to_relu, opened, h, index, gate, active, precision)
+    return d_h0, d_weight, d_bias, d_gate
+
+
+def _order(active: Tensor, tiles: int, sort_rows: bool | None) -> Tensor | None:
+    """Rows of every network by their active modules, [E,B] int32, or None for as they come."""
+    if sort_rows is None:
+        sort_rows = tiles * active.shape[0] > SORT_FROM_TILES
+    return active.argsort(dim=1, stable=True).to(torch.int32) if sort_rows else None

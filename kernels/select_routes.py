@@ -1,0 +1,169 @@
+"""Choosing routes in one launch forward and one backward (`d2r_fast.ops.select_routes` is contract and oracle).
+
+All routes of a row are worked on at once, as a [rows,routes,sources] block padded to powers of two: the k picks are
+the only dependent steps, and then the walk back from the head, which is on one integer a route.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from d2r_fast.kernels.settings import FUSED, check_dtype
+from torch import Tensor
+
+WARP_LOGITS = 256  # of the padded block, 8 a thread: at N=16 a row is one warp, so no reduction needs a barrier
+
+
+@triton.jit(do_not_specialize=["n_total", "n_rows"])
+def select_routes_fwd_kernel(
+    logits_ptr, temperature_ptr, noise_ptr, given_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr, n_total, n_rows,
+    N: tl.constexpr, K: tl.constexpr, RESROUTING: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(E*B, BLOCK_ROWS),); a program owns all routes of its rows.
+
+    Reads R logits a row (and R of noise, or N*K given sources), writes 9*N*K+4 bytes, each once: bandwidth-bound.
+    Invariant: a pick is a source that exists and is not picked yet whatever the logits hold (a NaN counts as largest,
+    as in torch), so that whoever indexes by it stays inside memory.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = (row < n_total)[:, None, None]
+    route = 1 + tl.arange(0, BLOCK_N)[None, :, None]  # [1,routes,1]
+    source = tl.arange(0, BLOCK_N)[None, None, :]  # [1,1,sources]
+    slot = tl.arange(0, BLOCK_SLOTS)[None, None, :]  # [1,1,slots]
+    exists = inside & (route <= N)
+    used = exists & (slot < K) & (slot < route)
+    packed = (row * (N * (N + 1) // 2))[:, None, None] + route * (route - 1) // 2 + source
+    slots = (row * (N * K))[:, None, None] + (route - 1) * K + slot
+
+    free = exists & (source < route)
+    logits = tl.load(logits_ptr + packed, mask=free, other=0.0)
+    score = logits
+    if noise_ptr is not None:
+        # logits / tau + noise in the order of logits + tau * noise: no division, so no overflow at a tiny tau.
+        tau = tl.load(temperature_ptr + row % n_rows, mask=row < n_total, other=1.0)
+        score += tau[:, None, None] * tl.load(noise_ptr + packed, mask=free, other=0.0)
+    score = tl.where(score == score, score, float("inf"))
+    logits = tl.where(exists & (source >= route), -float("inf"), logits)
+    largest = tl.max(logits, 2)[:, :, None]
+    total = tl.sum(tl.exp(logits - largest), 2)[:, :, None]
+
+    chosen = tl.zeros((BLOCK_ROWS, BLOCK_N, BLOCK_SLOTS), tl.int32)
+    if given_ptr is not None:
+        chosen = tl.load(given_ptr + slots, mask=used, other=0).to(tl.int32)
+    value = tl.where(exists & (slot >= 0), -float("inf"), tl.zeros(chosen.shape, logits.dtype))
+    for k in tl.static_range(K):
+        if given_ptr is not None:
+            pick = tl.sum(tl.where(slot == k, chosen, 0), 2)[:, :, None]
+        else:
+            best = tl.max(tl.where(free, score, -float("inf")), 2)[:, :, None]
+            pick = tl.min(tl.where(free & (score == best), source, BLOCK_N), 2)[:, :, None]
+            free = free & (source != pick)
+            chosen = tl.where(used & (slot == k), pick, chosen)
+        at_pick = tl.sum(tl.where(source == pick, logits, 0.0), 2)[:, :, None]
+        value = tl.where(used & (slot == k), at_pick, value)
+    share = tl.exp(value - tl.max(value, 2)[:, :, None])
+    gate = tl.where(used, share / tl.sum(share, 2)[:, :, None], 0.0)
+    flow = used
+    if RESROUTING:  # the published threshold is 1/(i+1), over all i sources and without the temperature
+        flow = used & (tl.exp(value - largest) / total * (route + 1) > 1)
+    written = exists & (slot < K)
+    tl.store(index_ptr + slots, chosen, mask=written)
+    tl.store(gate_ptr + slots, gate, mask=written)
+    tl.store(flow_ptr + slots, flow, mask=written)
+
+    # Sources of a route are distinct, so the sum of their bits is their union. A reached module brings its own route.
+    bits = tl.sum(tl.where(used, tl.full(chosen.shape, 1, tl.int32) << chosen, 0), 2)  # [rows,routes]
+    of_route = 1 + tl.arange(0, BLOCK_N)[None, :]
+    active = tl.sum(tl.where(of_route == N, bits, 0), 1)
+    for i in range(N - 1, 0, -1):
+        picked = tl.sum(tl.where(of_route == i, bits, 0), 1)
+        active |= tl.where(((active >> i) & 1) != 0, picked, 0)
+    tl.store(active_ptr + row, active, mask=row < n_total)
+
+
+@triton.jit(do_not_specialize=["n_total"])
+def select_routes_bwd_kernel(
+    d_gate_ptr, index_ptr, gate_ptr, d_logits_ptr, n_total,
+    N: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(E*B, BLOCK_ROWS),); a program owns all logits of its rows: the gradient of a softmax over the chosen,
+    0 elsewhere. Reads 12*N*K bytes a row, writes R gradients, each once: bandwidth-bound."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    route = 1 + tl.arange(0, BLOCK_N)[None, :, None]
+    source = tl.arange(0, BLOCK_N)[None, None, :]
+    slot = tl.arange(0, BLOCK_SLOTS)[None, None, :]
+    exists = (row < n_total)[:, None, None] & (route <= N)
+    used = exists & (slot < K) & (slot < route)
+    slots = (row * (N * K))[:, None, None] + (route - 1) * K + slot
+    index = tl.load(index_ptr + slots, mask=used, other=-1)  # an unused slot is no source's
+    gate = tl.load(gate_ptr + slots, mask=used, other=0.0)
+    d_gate = tl.load(d_gate_ptr + slots, mask=used, other=0.0)
+    d_value = gate * (d_gate - tl.sum(gate * d_gate, 2)[:, :, None])
+
+    d_logits = tl.zeros((BLOCK_ROWS, BLOCK_N, BLOCK_N), gate.dtype)
+    for k in tl.static_range(K):
+        pick = tl.sum(tl.where(slot == k, index, 0), 2)[:, :, None]
+        d_logits = tl.where(source == pick, tl.sum(tl.where(slot == k, d_value, 0.0), 2)[:, :, None], d_logits)
+    packed = (row * (N * (N + 1) // 2))[:, None, None] + route * (route - 1) // 2 + source
+    tl.store(d_logits_ptr + packed, d_logits, mask=exists & (source < route))
+
+
+def route_launch(n_modules: int, n_kept: int) -> dict[str, Any]:
+    """Constants and options that both kernels share."""
+    block_n = triton.next_power_of_2(n_modules)
+    rows = max(1, WARP_LOGITS // block_n**2)
+    return {
+        "N": n_modules,
+        "K": n_kept,
+        "BLOCK_N": block_n,
+        "BLOCK_SLOTS": triton.next_power_of_2(n_kept),
+        "BLOCK_ROWS": rows,
+        "num_warps": max(1, rows * block_n**2 // WARP_LOGITS),
+    } | FUSED
+
+
+def forward(
+    logits: Tensor,
+    temperature: Tensor | None,
+    noise: Tensor | None,
+    given: Tensor | None,
+    k: int,
+    n_modules: int,
+    resrouting: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """index [E,B,N,K] int32, gate, flow [E,B,N,K] bool, active [E,B] int32 as `d2r_fast.ops.select_routes`.
+
+    The mode follows from the arguments: sampled with temperature [B] and noise [E,B,R], given with `given`
+    [E,B,N,K] of any integer type, else greedy. ValueError: a dtype other than float32.
+    """
+    for name, value in {"logits": logits, "temperature": temperature, "noise": noise}.items():
+        if value is not None:
+            check_dtype(name, value)
+    n_nets, n_rows = logits.shape[:2]
+    index = torch.empty(n_nets, n_rows, n_modules, k, dtype=torch.int32, device=logits.device)
+    gate, flow = torch.empty_like(index, dtype=logits.dtype), torch.empty_like(index, dtype=torch.bool)
+    active = torch.empty(n_nets, n_rows, dtype=torch.int32, device=logits.device)
+    if active.numel() > 0:
+        launch = route_launch(n_modules, k)
+        packed = [None if v is None else v.contiguous() for v in (logits, temperature, noise, given)]
+        select_routes_fwd_kernel[(triton.cdiv(active.numel(), launch["BLOCK_ROWS"]),)](
+            *packed, index, gate, flow, active, active.numel(), n_rows,
+            RESROUTING=resrouting, **launch,
+        )  # fmt: skip
+    return index, gate, flow, active
+
+
+def backward(d_gate: Tensor, index: Tensor, gate: Tensor, k: int, n_modules: int) -> Tensor:
+    """d_logits [E,B,R] from the gradient of `gate`, [E,B,N,K]; what unused slots of d_gate hold does not matter."""
+    check_dtype("d_gate", d_gate)
+    n_nets, n_rows = index.shape[:2]
+    d_logits = gate.new_empty(n_nets, n_rows, n_modules * (n_modules + 1) // 2)
+    if d_logits.numel() > 0:
+        launch = route_launch(n_modules, k)
+        select_routes_bwd_kernel[(triton.cdiv(n_nets * n_rows, launch["BLOCK_ROWS"]),)](
+            d_gate.contiguous(), index.contiguous(), gate.contiguous(), d_logits, n_nets * n_rows, **launch,
+        )  # fmt: skip
+    return d_logits

@@ -1,0 +1,98 @@
+"""Launch settings of the routed modules: what the launchers pass is, word for word, what `compile_report` compiles."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+PRECISIONS = ("float32", "tf32", "bf16")
+# Contract a * b + c to one instruction; Triton's default for it changes between versions.
+FUSED = {"enable_fp_fusion": True}
+MAX_WIDTH = 256
+
+
+class Settings(NamedTuple):
+    """How one kernel is launched at one precision."""
+
+    block_rows: int
+    """Rows that a program works on at a time."""
+    block_k: int
+    """Input features of one product (the walking kernels); input features of a program's tile (weight gradient)."""
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+    """128 registers in 8 warps let two programs share a multiprocessor."""
+
+
+# Widths up to 128, then up to 256. Chosen by what sm_90 code they compile to (compile_report), before any timing:
+# - 16 rows a tile: 160 tiles at the published E=2, B=1280, all resident at once where two programs fit a
+#   multiprocessor (132 of them), and few rows that disagree on what to skip. 32 rows halve the weights read from L2.
+# - The backward holds two adjoints and needs 143 registers; at 128 it spills 9 (40 bytes of stack), which costs less
+#   than a second round of tiles.
+# - The weight gradient takes whatever keeps two programs resident with a 128 x 64 total in registers: wgmma's m64n64.
+# - float32 products are FFMA, unrolled over block_k: a longer chunk only lengthens the code.
+SETTINGS = {
+    ("routed_modules_fwd", "float32"): (Settings(16, 32, 8, 2), Settings(16, 32, 8, 2)),
+    ("routed_modules_fwd", "tf32"): (Settings(16, 64, 8, 2), Settings(16, 64, 8, 2)),
+    ("routed_modules_fwd", "bf16"): (Settings(16, 64, 8, 2), Settings(16, 64, 8, 2)),
+    ("routed_modules_bwd", "float32"): (Settings(16, 32, 8, 2, 128), Settings(16, 32, 8, 2)),
+    ("routed_modules_bwd", "tf32"): (Settings(16, 64, 8, 2, 128), Settings(16, 64, 8, 2)),
+    ("routed_modules_bwd", "bf16"): (Settings(16, 64, 8, 2, 128), Settings(16, 32, 8, 2)),
+    ("weight_gradient", "float32"): (Settings(16, 64, 8, 1), Settings(16, 64, 8, 1)),
+    ("weight_gradient", "tf32"): (Settings(16, 64, 8, 1), Settings(16, 64, 8, 1)),
+    ("weight_gradient", "bf16"): (Settings(16, 64, 8, 1), Settings(16, 64, 8, 1)),
+}
+
+
+def walk_launch(kernel: str, precision: str, n_modules: int, n_kept: int, width: int) -> dict[str, Any]:
+    """Constants and options of a kernel that walks the modules, all but RESIDUAL."""
+    settings = _settings(kernel, precision, width)
+    blocks = {"BLOCK_D": _block_width(width), "BLOCK_ROWS": settings.block_rows}
+    blocks["BLOCK_K"] = min(settings.block_k, blocks["BLOCK_D"])
+    return {"N": n_modules, "K": n_kept, "D": width, "PRECISION": precision} | blocks | _options(settings)
+
+
+def gradient_launch(precision: str, n_modules: int, n_kept: int, width: int, n_rows: int) -> dict[str, Any]:
+    """Constants and options of the weight-gradient kernel.
+
+    SPLIT_ROWS, the rows of one program: about eight splits fill the device at the published sizes (E=2, N=16: 60 tiles
+    a split), and more would only add partial sums, E*(N-1)*D*D each.
+    """
+    settings = _settings("weight_gradient", precision, width)
+    split_rows = min(8192, max(128, triton.next_power_of_2(triton.cdiv(n_rows, 8))))
+    blocks = {
+        "SPLIT_ROWS": split_rows,
+        "BLOCK_OUT": min(128, _block_width(width)),
+        "BLOCK_IN": min(settings.block_k, _block_width(width)),
+        "BLOCK_ROWS": settings.block_rows,
+    }
+    return {"N": n_modules, "K": n_kept, "D": width, "PRECISION": precision} | blocks | _options(settings)
+
+
+def check_dtype(name: str, value: Tensor) -> None:
+    """float32 everywhere; float64 under the interpreter, so that a test can tell an error from rounding."""
+    if value.dtype != torch.float32 and not (value.dtype == torch.float64 and triton.knobs.runtime.interpret):
+        raise ValueError(f"triton: expected float32 for {name}, got {value.dtype}")
+
+
+def _settings(kernel: str, precision: str, width: int) -> Settings:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if not 1 <= width <= MAX_WIDTH:  # past that a tile's rows no longer fit the registers
+        raise ValueError(f"triton: expected a module width D of 1..{MAX_WIDTH}, got {width}")
+    narrow, wide = SETTINGS[kernel, precision]
+    return narrow if width <= 128 else wide
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    return {
+        "num_warps": settings.num_warps,
+        "num_stages": settings.num_stages,
+        "maxnreg": settings.max_registers,
+    } | FUSED
+
+
+def _block_width(width: int) -> int:
+    """D as a block: a power of two, at least the 16 that a product takes."""
+    return max(16, triton.next_power_of_2(width))

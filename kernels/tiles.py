@@ -1,0 +1,53 @@
+"""What the kernels of the routed modules share: which rows a tile holds, a route's sources, one product."""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def tile_rows(active_ptr, order_ptr, first, n_rows, tile, BLOCK_ROWS: tl.constexpr):
+    """Rows of a tile (int64), whether each exists, and its active bits (0 where it does not).
+
+    `order` [E,B] lists the rows of a network so that rows that route alike share a tile; None: as they come.
+    `first` is the network's first row in [E,B]. int64, because rows are multiplied by widths: E*N*B*D passes 2^31.
+    """
+    at = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = at < n_rows
+    row = at.to(tl.int64)
+    if order_ptr is not None:
+        row = tl.load(order_ptr + first + at, mask=inside, other=0).to(tl.int64)
+    return row, inside, tl.load(active_ptr + first + row, mask=inside, other=0)
+
+
+@triton.jit
+def mix_sources(
+    h_ptr, index_ptr, gate_ptr, slot, row, wanted, route, col, n_rows, D: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
+    """x = sum_k gate_k * h[source_k] of one route, [rows,cols]; 0 where a row is not wanted or a column not below D.
+
+    `h_ptr` is at a network [N,B,D], `slot` at each row's first slot of the route. Route i has min(K, i) used slots;
+    the others are not read, so a row that no longer wants a module costs no traffic and meets no unwritten memory.
+    """
+    x = tl.zeros((slot.shape[0], col.shape[0]), h_ptr.dtype.element_ty)
+    for k in tl.static_range(K):
+        used = tl.where(route > k, wanted, False)
+        source = tl.load(index_ptr + slot + k, mask=used, other=0)
+        gate = tl.load(gate_ptr + slot + k, mask=used, other=0.0)
+        at = (source.to(tl.int64) * n_rows + row) * D
+        h = tl.load(h_ptr + at[:, None] + col[None, :], mask=used[:, None] & (col < D)[None, :], other=0.0)
+        x += gate[:, None] * h
+    return x
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b in the products' precision; the total stays in its own type (float32)."""
+    if PRECISION == "bf16":
+        a = a.to(tl.bfloat16)
+        b = b.to(tl.bfloat16)
+        if INTERPRETED:  # the interpreter's product takes the bits of a bfloat16 for an integer
+            a = a.to(total.dtype)
+            b = b.to(total.dtype)
+    return tl.dot(a, b, total, input_precision="tf32" if PRECISION == "tf32" else "ieee")

@@ -1,0 +1,51 @@
+"""Every Triton kernel compiles for sm_90 within its limits: registers, shared memory, loads, matrix instructions.
+
+In a process of its own: in this one the kernels may be interpreted. Needs no GPU.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
+
+MODULES = ("routed_modules", "weight_gradient", "select_routes")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The compile report's rows, and its table in the test's output."""
+    path = tmp_path_factory.mktemp("report") / "report.json"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "d2r_fast.kernels.compile_report", "--json", str(path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())["rows"]
+
+
+def test_every_kernel_is_reported(rows):
+    modules = [importlib.import_module(f"d2r_fast.kernels.{name}") for name in MODULES]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert {row["kernel"].split()[0] + "_kernel" for row in rows} == kernels
+    for size in ("N16-K2-D128", "N32-K4-D256"):
+        for precision in ("float32", "tf32", "bf16"):
+            assert sum(row["size"] == size and row["precision"] == precision for row in rows) >= 3
+
+
+def test_registers_and_shared_memory_suffice(rows):
+    for row in rows:
+        assert row["stack"] <= row["max_stack"], row
+        assert row["shared"] <= 227 * 1024, row
+
+
+def test_loads_are_wide_and_products_use_the_matrix_units(rows):
+    for row in rows:
+        if row["product"] == "-":
+            continue
+        assert row["wide_loads"] >= 4, row
+        assert (row["product"] == "FFMA") == (row["precision"] == "float32"), row

@@ -1,0 +1,301 @@
+"""The Triton kernels against the float64 reference: on the GPU if there is one, else in Triton's interpreter.
+
+The interpreter multiplies "tf32" in float32 and runs a program's threads as one, so a missing barrier does not show
+in it. `bash tools/gpu.sh` runs the same tests on a device.
+"""
+
+import pytest
+import torch
+from test_routed_modules import largest, make_case, run
+from test_select_routes import random_index, random_logits
+
+from d2r_fast import routed_modules, select_routes, unpack_active
+from d2r_fast.network import gumbel
+
+pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
+from d2r_fast.kernels import routed_modules as triton_modules
+from d2r_fast.kernels import select_routes as triton_routes
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter takes float64, which tells a wrong term from rounding; a device takes float32.
+DTYPE, TOLERANCE = (torch.float32, 1e-5) if DEVICE == "cuda" else (torch.float64, 1e-12)
+
+
+def route_index(e, b, n, k, kind):
+    """Sources [E,B,N,K]. random; lowest: every route keeps the first modules, so hardly any is active; highest: the
+    last ones, so all are; alternating: every other row, so a tile disagrees on every module; single: only row 0."""
+    route, slot = torch.arange(1, n + 1)[:, None], torch.arange(k)
+    lowest = torch.where(slot < route, slot, 0).expand(e, b, n, k)
+    highest = torch.where(slot < route, route - 1 - slot, 0).expand(e, b, n, k)
+    row = torch.arange(b)[:, None, None]
+    return {
+        "random": random_index(e, b, n, k),
+        "lowest": lowest,
+        "highest": highest,
+        "alternating": torch.where(row % 2 == 0, lowest, highest),
+        "single": torch.where(row == 0, highest, lowest),
+    }[kind]
+
+
+def make_modules(e, b, n, k, d, kind="random", flow="random"):
+    """h0, weight, bias, routes on the device, in values that float32 and bfloat16 hold.
+
+    Far from every kink, for one ReLU on the other side would outweigh all rounding.
+    """
+    h0, weight, bias, mixed = make_case(e, b, n, k, d, flow)
+    index = route_index(e, b, n, k, kind)
+    active = select_routes(random_logits(e, b, n), k, "given", index=index).active
+    index = torch.where(torch.arange(k) < torch.arange(1, n + 1)[:, None], index, 0).int()
+    floats = [v.bfloat16().to(DTYPE).to(DEVICE) for v in (h0, weight * 0.1, torch.where(bias > 0, 8.0, -8.0))]
+    gate = mixed.gate.bfloat16().to(DTYPE)
+    routes = mixed._replace(index=index, gate=gate, active=active)
+    return *floats, type(routes)(*(v.to(DEVICE) for v in routes))
+
+
+def run_triton(case, cotangent, residual=True, precision="float32", sort_rows=None):
+    """Output and gradients by name, as `run` of the reference."""
+    h0, weight, bias, (index, gate, flow, active) = case
+    mixed, h, opened = triton_modules.forward(
+        h0, weight, bias, index, gate, active, residual, precision, True, sort_rows
+    )
+    grads = triton_modules.backward(
+        cotangent.to(h0.dtype), h, weight, opened, index, gate, flow, active, residual, precision, sort_rows
+    )
+    return dict(zip(("out", "h0", "weight", "bias", "gate"), (mixed, *grads), strict=True))
+
+
+def truth_of(case, cotangent, residual=True):
+    h0, weight, bias, routes = case
+    exact = (*(v.double() for v in (h0, weight, bias)), routes._replace(gate=routes.gate.double()))
+    return run(routed_modules, exact, cotangent.double(), residual)
+
+
+def assert_same(ours, expected, names=None):
+    for name in names or expected:
+        assert torch.equal(ours[name], expected[name]), name
+
+
+CASES = [
+    (1, 1, 1, 1, 16, "random", "all", True),
+    (2, 17, 2, 2, 33, "random", "random", True),
+    (1, 300, 2, 1, 16, "alternating", "random", False),
+    (1, 130, 3, 2, 16, "single", "none", True),
+    (3, 16, 5, 1, 64, "random", "random", True),
+    (1, 31, 4, 4, 100, "random", "random", True),
+    (2, 18, 16, 2, 128, "random", "random", True),
+    (1, 20, 16, 2, 20, "alternating", "none", False),
+    (1, 16, 16, 3, 16, "highest", "all", True),
+    (1, 20, 16, 2, 16, "lowest", "random", True),
+    (1, 18, 4, 2, 256, "random", "random", True),
+    (1, 9, 32, 2, 16, "random", "random", False),
+    (1, 5, 10, 10, 24, "random", "random", True),
+]
+IDS = [f"E{c[0]}-B{c[1]}-N{c[2]}-K{c[3]}-D{c[4]}-{c[5]}-flow_{c[6]}{'' if c[7] else '-nores'}" for c in CASES]
+
+
+@pytest.mark.parametrize(("e", "b", "n", "k", "d", "kind", "flow", "residual"), CASES, ids=IDS)
+def test_modules_match_the_reference(e, b, n, k, d, kind, flow, residual):
+    case = make_modules(e, b, n, k, d, kind, flow)
+    cotangent = torch.randn(e, b, d, device=DEVICE, dtype=DTYPE)
+    ours, expected = run_triton(case, cotangent, residual), truth_of(case, cotangent, residual)
+    for name, value in expected.items():
+        assert ours[name].shape == value.shape and ours[name].dtype == DTYPE, name
+        assert largest(ours[name] - value) <= TOLERANCE * max(1.0, largest(value)), name
+    active = unpack_active(case[3].active, n)  # [E,B,N]
+    untouched = ~active.any(1)[:, 1:]
+    assert (ours["weight"][untouched] == 0).all() and (ours["bias"][untouched] == 0).all()
+    assert (ours["gate"][:, :, :-1][~active[:, :, 1:]] == 0).all()
+    used = torch.arange(k, device=DEVICE) < torch.arange(1, n + 1, device=DEVICE)[:, None]
+    assert (ours["gate"].masked_select(~used) == 0).all()
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_modules_are_as_accurate_as_torch_in_that_precision(precision, residual):
+    h0, weight, bias, routes = make_modules(2, 40, 6, 2, 100)
+    case = (h0.float(), weight.float(), bias.float(), routes._replace(gate=routes.gate.float()))
+    cotangent = torch.randn(h0.shape, device=DEVICE).bfloat16().float()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    theirs = run(routed_modules, case, cotangent, residual, dtype)
+    torch.backends.cuda.matmul.allow_tf32 = before
+    ours, truth = run_triton(case, cotangent, residual, precision), truth_of(case, cotangent, residual)
+    eps = 2.0**-11 if precision == "tf32" and DEVICE == "cuda" else torch.finfo(dtype).eps
+    for name, value in truth.items():
+        error, allowed = largest(ours[name].double() - value), largest(theirs[name].double() - value)
+        print(f"{name}: {error / max(allowed, 1e-300):.2f} of torch's error")
+        assert error <= 2 * allowed + 8 * eps * largest(value), name
+        assert precision != "bf16" or name == "bias" or error > 0, name  # it did multiply in bfloat16
+
+
+@pytest.mark.parametrize("sort_rows", [False, True], ids=["as_they_come", "sorted"])
+def test_no_row_depends_on_another_nor_on_the_grouping(sort_rows):
+    case, other = make_modules(2, 21, 8, 2, 16), make_modules(2, 21, 8, 2, 16)
+    cotangent = torch.randn(2, 21, 16, device=DEVICE, dtype=DTYPE)
+    before = run_triton(case, cotangent, sort_rows=sort_rows)
+    assert_same(run_triton(case, cotangent, sort_rows=sort_rows), before)  # a second run, bit for bit
+    if sort_rows:
+        assert_same(run_triton(case, cotangent, sort_rows=False), before)
+
+    def with_row(value, new, row=17):
+        value = value.clone()
+        value[:, row] = new[:, row]
+        return value
+
+    routes = type(case[3])(*(with_row(a, b) for a, b in zip(case[3], other[3], strict=True)))
+    changed = (with_row(case[0], other[0]), *case[1:3], routes)
+    after = run_triton(changed, cotangent, sort_rows=sort_rows)
+    rest = torch.arange(21, device=DEVICE) != 17
+    for name in ("out", "h0", "gate"):
+        assert torch.equal(before[name][:, rest], after[name][:, rest]), name
+        assert not torch.equal(before[name][:, 17], after[name][:, 17]), name
+
+
+def test_what_is_not_active_is_not_written():
+    h0, weight, bias, routes = make_modules(2, 20, 8, 2, 16)
+    _, h, opened = triton_modules.forward(
+        h0, weight, bias, routes.index, routes.gate, routes.active, True, "float32", True
+    )
+    active = unpack_active(routes.active, 8).transpose(1, 2)  # [E,N,B]
+    assert 0 < active.sum() < active.numel()
+    assert h[active].isfinite().all() and h[~active].isnan().all()  # fresh memory was NaN
+    assert torch.equal(h[:, 0], h0)
+    assert opened.dtype == torch.bool and opened.shape == h.shape
+
+
+def test_only_what_is_asked_for():
+    h0, weight, bias, (index, gate, flow, active) = make_modules(1, 20, 4, 2, 16)
+    mixed, h, opened = triton_modules.forward(h0, weight, bias, index, gate, active, True, "float32", True)
+    again, *nothing = triton_modules.forward(h0, weight, bias, index, gate, active, True, "float32", False)
+    assert torch.equal(mixed, again) and [v.numel() for v in nothing] == [0, 0]
+    saved = (mixed, h, weight, opened, index, gate, flow, active, True, "float32")
+    d_h0, _, _, d_gate = triton_modules.backward(*saved)
+    only_h0, *nothing, only_gate = triton_modules.backward(*saved, need_weight=False)
+    assert torch.equal(d_h0, only_h0) and torch.equal(d_gate, only_gate) and [v.numel() for v in nothing] == [0, 0]
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_no_rows(n):
+    case = make_modules(2, 0, n, 1, 16)
+    ours = run_triton(case, torch.zeros(2, 0, 16, device=DEVICE))
+    assert [list(v.shape) for v in ours.values()] == [
+        [2, 0, 16],
+        [2, 0, 16],
+        [2, n - 1, 16, 16],
+        [2, n - 1, 16],
+        [2, 0, n, 1],
+    ]
+    assert (ours["weight"] == 0).all() and (ours["bias"] == 0).all()
+
+
+def test_modules_take_any_strides():
+    case = make_modules(2, 20, 4, 2, 16)
+    h0, weight, bias, routes = case
+    strided = (
+        h0.transpose(0, 1).contiguous().transpose(0, 1),
+        weight.mT.contiguous().mT,
+        bias.repeat_interleave(2, -1)[..., ::2],
+        type(routes)(*(v.transpose(0, 1).contiguous().transpose(0, 1) for v in routes)),
+    )
+    cotangent = torch.randn(20, 16, 2, device=DEVICE, dtype=DTYPE).permute(2, 0, 1)
+    assert_same(run_triton(strided, cotangent), run_triton(case, cotangent.contiguous()))
+
+
+def test_a_diverged_network_shows():
+    h0, weight, bias, routes = make_modules(1, 20, 4, 2, 16, "highest")
+    bias[0, 1, 3] = torch.nan
+    mixed, *_ = triton_modules.forward(
+        h0, weight, bias, routes.index, routes.gate, routes.active, True, "float32", False
+    )
+    assert mixed.isnan().any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "precision", "message"),
+    [
+        (torch.float16, 16, "float32", "triton: expected float32 for h0, got torch.float16"),
+        (torch.float32, 16, "fp8", "precision: expected one of float32, tf32, bf16, got 'fp8'"),
+        (torch.float32, 257, "bf16", r"triton: expected a module width D of 1\.\.256, got 257"),
+    ],
+)
+def test_value_errors(dtype, d, precision, message):
+    h0, weight, bias, routes = make_modules(1, 2, 2, 1, d)
+    with pytest.raises(ValueError, match=message):
+        triton_modules.forward(
+            h0.to(dtype), weight, bias, routes.index, routes.gate, routes.active, True, precision, True
+        )
+
+
+ROUTE_SHAPES = [(1, 1, 1, 1), (2, 63, 2, 1), (2, 7, 5, 2), (1, 63, 5, 5), (2, 63, 16, 2), (3, 5, 16, 3), (1, 9, 32, 2)]
+ROUTE_SHAPES += [(1, 300, 7, 2), (1, 4, 31, 7), (1, 3, 32, 32)]
+
+
+@pytest.mark.parametrize("resrouting", [True, False], ids=["resrouting", "plain"])
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "given"])
+@pytest.mark.parametrize(("e", "b", "n", "k"), ROUTE_SHAPES, ids=["E{}-B{}-N{}-K{}".format(*s) for s in ROUTE_SHAPES])
+def test_routes_match_the_reference(e, b, n, k, mode, resrouting):
+    logits = random_logits(e, b, n).to(DEVICE, DTYPE).requires_grad_()
+    extra = {"temperature": None, "noise": None, "index": None}
+    if mode == "sampled":
+        extra["temperature"] = (torch.rand(b) * 3 + 0.1).to(DEVICE, DTYPE)
+        extra["noise"] = gumbel(tuple(logits.shape), logits.detach())
+    if mode == "given":  # 99 in unused slots, which nobody may read
+        extra["index"] = random_index(e, b, n, k).to(DEVICE, torch.uint8)
+    expected = select_routes(logits, k, mode, resrouting=resrouting, **extra)
+    ours = triton_routes.forward(logits.detach(), *extra.values(), k, n, resrouting)
+    tolerance = 2e-6 if torch.float32 == DTYPE else 1e-14
+    for name, a, b in zip(expected._fields, ours, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+        assert torch.equal(a, b) if name != "gate" else largest(a - b) <= tolerance, name
+
+    cotangent = torch.randn_like(expected.gate)
+    (d_logits,) = torch.autograd.grad((expected.gate * cotangent).sum(), logits)
+    poisoned = torch.where(expected.gate != 0, cotangent, torch.nan)  # unused slots may hold anything
+    d_ours = triton_routes.backward(poisoned, ours[0], ours[1], k, n)
+    assert d_ours.shape == d_logits.shape and d_ours.dtype == d_logits.dtype
+    assert largest(d_ours - d_logits) <= 4 * tolerance
+    assert ((d_ours != 0) <= (d_logits != 0)).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, in the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0])
+def test_every_pick_exists_whatever_the_logits_hold(value):
+    n, k = 7, 3
+    logits = random_logits(1, 30, n).to(DEVICE, DTYPE)
+    logits[:, 10:][torch.rand(1, 20, logits.shape[2]) < 0.5] = value
+    logits[:, 20:] = value
+    index, _, _, active = triton_routes.forward(logits, None, None, None, k, n, True)
+    for i in range(1, n + 1):
+        picked = index[0, :, i - 1, : min(k, i)]
+        assert (picked >= 0).all() and (picked < i).all()
+        assert all(len(set(row)) == len(row) for row in picked.tolist())
+    again = select_routes(logits.nan_to_num(0, 0, 0), k, "given", index=index)
+    assert torch.equal(active, again.active)
+
+
+def test_routes_at_extreme_temperatures():
+    logits, noise = random_logits(2, 40, 5).to(DEVICE, DTYPE), random_logits(2, 40, 5).to(DEVICE, DTYPE)
+    temperature = torch.where(torch.arange(40) % 2 == 0, 1e-30, 1e30).to(DEVICE, DTYPE)
+    index = triton_routes.forward(logits, temperature, noise, None, 2, 5, True)[0]
+    cold, hot = select_routes(logits, 2).index, select_routes(noise, 2).index
+    assert torch.equal(index[:, ::2], cold[:, ::2]) and torch.equal(index[:, 1::2], hot[:, 1::2])
+
+
+def test_routes_of_no_rows_and_of_strided_logits():
+    empty = triton_routes.forward(torch.zeros(2, 0, 15, device=DEVICE), None, None, None, 2, 5, True)
+    assert [list(v.shape) for v in empty] == [[2, 0, 5, 2], [2, 0, 5, 2], [2, 0, 5, 2], [2, 0]]
+    assert list(triton_routes.backward(empty[1], empty[0], empty[1], 2, 5).shape) == [2, 0, 15]
+    logits = random_logits(2, 7, 6).to(DEVICE, DTYPE)[:, ::2, :15]
+    packed = triton_routes.forward(logits.contiguous(), None, None, None, 2, 5, True)
+    for a, b in zip(triton_routes.forward(logits, None, None, None, 2, 5, True), packed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_routes_refuse_half_precision():
+    with pytest.raises(ValueError, match=r"triton: expected float32 for noise, got torch.float16"):
+        triton_routes.forward(
+            torch.zeros(1, 2, 1, device=DEVICE), torch.ones(2), torch.zeros(1, 2, 1).half(), None, 1, 1, True
+        )
