@@ -141,6 +141,8 @@ class RunConfig:
     """Where the learner and the replay live; auto takes a GPU where there is one."""
     deterministic: bool = False
     """Same seed, same machine: identical metrics, also across a stop at a checkpoint and a resume."""
+    cuda_graph: bool = True
+    """On a GPU, replay updates as one captured graph; False launches their kernels one by one."""
     env: EnvConfig = field(default_factory=EnvConfig)
     net: NetConfig = field(default_factory=NetConfig)
     sac: SacConfig = field(default_factory=SacConfig)

@@ -56,6 +56,8 @@ class Replay:
         self.size = 0  # filled rows of each task
         self._head = 0  # where the next row goes
         self._task = torch.arange(n_tasks, device=device)
+        # `size` where a captured update reads it: a graph keeps numbers as they were, but not what tensors hold.
+        self._size_there = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
     def n_bytes(self) -> int:
@@ -86,15 +88,19 @@ class Replay:
             store[:, self._head : self._head + first].copy_(value[:, :first])
             store[:, : n_new - first].copy_(value[:, first:])
         self._head = (self._head + n_new) % self.rows_per_task
-        self.size = min(self.size + n_new, self.rows_per_task)
+        self._set_size(min(self.size + n_new, self.rows_per_task))
+
+    def _set_size(self, size: int) -> None:
+        self.size = size
+        self._size_there.fill_(size)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """B rows, B/T of every task, drawn uniformly and independently; `generator` lives on the replay's device."""
         if self.size == 0:
             raise RuntimeError("the replay is empty: collect before sampling")
-        row = torch.randint(
-            self.size, (self.n_tasks, batch_size // self.n_tasks), generator=generator, device=self.device
-        )
+        shape = (self.n_tasks, batch_size // self.n_tasks)
+        share = torch.rand(shape, dtype=torch.float64, generator=generator, device=self.device)
+        row = (share * self._size_there).long().minimum(self._size_there - 1)  # a product may round up to the size
         flat = (row + self._task[:, None] * self.rows_per_task).flatten()  # [B]
         rows = Transitions(*(store.flatten(0, 1).index_select(0, flat) for store in self._store))
         return Batch(
@@ -128,4 +134,5 @@ class Replay:
                 )
         for name, store in zip(Transitions._fields, self._store, strict=True):
             store[:, :size].copy_(rows[name])
-        self.size, self._head = size, head % self.rows_per_task
+        self._set_size(size)
+        self._head = head % self.rows_per_task

@@ -106,7 +106,9 @@ def make_optimiser(agent: Agent, cfg: SacConfig) -> torch.optim.Adam:
         {"params": list(agent.critics.parameters()), "lr": cfg.critic_lr},
         {"params": [agent.log_alpha], "lr": cfg.alpha_lr},
     ]
-    return torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    # Capturable: its step count lives on the GPU, where a captured update can raise it.
+    on_gpu = agent.log_alpha.is_cuda
+    return torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_gpu)
 
 
 def update(

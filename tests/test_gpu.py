@@ -9,6 +9,8 @@ from check_golden import LIMIT, check_directory
 
 from d2r_fast import Agent, NetConfig, SacConfig
 from d2r_fast.checkpoint import load_checkpoint, save_checkpoint
+from d2r_fast.config import EnvConfig, RunConfig
+from d2r_fast.learner import Learner
 from d2r_fast.ops.select_routes import select_routes
 from d2r_fast.replay import Replay, Transitions
 from d2r_fast.sac import Batch, draw, make_optimiser, update
@@ -104,3 +106,50 @@ def test_replay_on_the_device() -> None:
     assert batch.obs.is_cuda
     first, second = batch.reward.view(2, 32).cpu()
     assert first.max() < 15 <= second.min()
+
+
+def make_learner(seed: int, cuda_graph: bool) -> Learner:
+    """A learner on the GPU over a small replay; the same for the same seed."""
+    torch.manual_seed(seed)
+    tasks = ("reach", "push", "door-open")
+    cfg = RunConfig(
+        net=NET, env=EnvConfig(tasks=",".join(tasks)), batch_size=ROWS, replay_capacity=600, cuda_graph=cuda_graph
+    )
+    agent = Agent(39, 4, N_TASKS, NET).cuda()
+    replay = Replay(N_TASKS, 600, 39, 4, (NET.n_modules, NET.top_k), torch.device("cuda"))
+    logits = torch.randn(1, N_TASKS * 50, NET.n_logits)
+    route = select_routes(logits, NET.top_k).index.to(torch.uint8).view(N_TASKS, 50, NET.n_modules, NET.top_k)
+    rows = torch.randn(N_TASKS, 50, 39), torch.rand(N_TASKS, 50, 4), torch.rand(N_TASKS, 50)
+    replay.add(Transitions(*rows, torch.zeros(N_TASKS, 50, dtype=torch.bool), torch.randn(N_TASKS, 50, 39), route))
+    return Learner(agent, replay, cfg, seed=1)
+
+
+def test_a_captured_update_is_the_eager_one() -> None:
+    eager, graphed = make_learner(0, cuda_graph=False), make_learner(0, cuda_graph=True)
+    for _ in range(20):
+        for learner in (eager, graphed):
+            learner.run(10)
+    assert eager._graph is None and graphed._graph is not None
+    for name, value in graphed.agent.state_dict().items():
+        torch.testing.assert_close(value, eager.agent.state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
+    ours, theirs = graphed.take_metrics(), eager.take_metrics()
+    for name, values in theirs.items():
+        torch.testing.assert_close(torch.tensor(ours[name]), torch.tensor(values), rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_a_captured_update_sees_rows_added_later_and_a_loaded_state() -> None:
+    learner = make_learner(0, cuda_graph=True)
+    learner.run(5)
+    assert learner._graph is not None
+    saved = copy.deepcopy(learner.state_dict())
+    replay = learner._replay
+    rows = [torch.zeros(N_TASKS, 100, *store.shape[2:], dtype=store.dtype) for store in replay._store]
+    replay.add(Transitions(*rows)._replace(reward=torch.full((N_TASKS, 100), torch.nan)))
+    learner.run(1)
+    with pytest.raises(FloatingPointError):
+        learner.require_finite()
+    learner = make_learner(0, cuda_graph=True)
+    learner.load_state_dict(saved)
+    learner.run(10)
+    assert learner.updates == 15 and learner._graph is not None
+    learner.require_finite()
