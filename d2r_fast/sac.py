@@ -91,11 +91,12 @@ def clip_grad_norm(parameters: list[Tensor], max_norm: float, n_nets: int) -> Te
 
     Axis 0 of every parameter is the network; n_nets=1 takes each whole.
     """
-    grads = [p.grad.view(n_nets, -1) for p in parameters if p.grad is not None]
-    norm = torch.stack([g.square().sum(1) for g in grads]).sum(0).sqrt()  # [E]
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1)[:, None]
-    for g in grads:
-        g.mul_(scale)
+    # One list a network, each one call over all of its parameters.
+    grads = [[p.grad[e] if n_nets > 1 else p.grad for p in parameters if p.grad is not None] for e in range(n_nets)]
+    norm = torch.stack([torch.stack(torch._foreach_norm(of_net)).norm() for of_net in grads])  # [E]
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for e, of_net in enumerate(grads):
+        torch._foreach_mul_(of_net, scale[e])
     return norm
 
 
