@@ -85,7 +85,7 @@ def _push(
     and a row reads only what it wrote. Sources of a route are distinct, so its slots never meet. S_0 is never read.
     """
     d_all = d_main + d_res
-    for k in tl.static_range(K):
+    for k in tl.range(0, K, loop_unroll_factor=K if K <= 4 else 1):  # unrolled, many slots compile for minutes
         used = tl.where(route > k, wanted, False)
         source = tl.load(index_ptr + slot + k, mask=used, other=0)
         gate = tl.load(gate_ptr + slot + k, mask=used, other=0.0)[:, None]

@@ -31,7 +31,7 @@ def mix_sources(
     the others are not read, so a row that no longer wants a module costs no traffic and meets no unwritten memory.
     """
     x = tl.zeros((slot.shape[0], col.shape[0]), h_ptr.dtype.element_ty)
-    for k in tl.static_range(K):
+    for k in tl.range(0, K, loop_unroll_factor=K if K <= 4 else 1):  # unrolled, many slots compile for minutes
         used = tl.where(route > k, wanted, False)
         source = tl.load(index_ptr + slot + k, mask=used, other=0)
         gate = tl.load(gate_ptr + slot + k, mask=used, other=0.0)
@@ -50,4 +50,4 @@ def product(a, b, total, PRECISION: tl.constexpr):
         if INTERPRETED:  # the interpreter's product takes the bits of a bfloat16 for an integer
             a = a.to(total.dtype)
             b = b.to(total.dtype)
-    return tl.dot(a, b, total, input_precision="tf32" if PRECISION == "tf32" else "ieee")
+    return tl.dot(a, b, total, input_precision="tf32" if PRECISION == "tf32" else "ieee", out_dtype=total.dtype)

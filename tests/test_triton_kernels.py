@@ -229,12 +229,13 @@ def test_value_errors(dtype, d, precision, message):
         )
 
 
-ROUTE_SHAPES = [(1, 1, 1, 1), (2, 63, 2, 1), (2, 7, 5, 2), (1, 63, 5, 5), (2, 63, 16, 2), (3, 5, 16, 3), (1, 9, 32, 2)]
-ROUTE_SHAPES += [(1, 300, 7, 2), (1, 4, 31, 7), (1, 3, 32, 32)]
+ROUTE_SHAPES = [(1, 1, 1, 1), (2, 63, 2, 1), (2, 7, 5, 2), (1, 63, 5, 5), (2, 15, 16, 2), (3, 5, 16, 3), (1, 9, 32, 2)]
+ROUTE_SHAPES += [(1, 300, 3, 2), (1, 4, 31, 7), (1, 3, 32, 32)]
 
 
-@pytest.mark.parametrize("resrouting", [True, False], ids=["resrouting", "plain"])
-@pytest.mark.parametrize("mode", ["greedy", "sampled", "given"])
+@pytest.mark.parametrize(
+    ("mode", "resrouting"), [("greedy", True), ("greedy", False), ("sampled", True), ("given", True)]
+)
 @pytest.mark.parametrize(("e", "b", "n", "k"), ROUTE_SHAPES, ids=["E{}-B{}-N{}-K{}".format(*s) for s in ROUTE_SHAPES])
 def test_routes_match_the_reference(e, b, n, k, mode, resrouting):
     logits = random_logits(e, b, n).to(DEVICE, DTYPE).requires_grad_()
