@@ -203,8 +203,8 @@ def forward(
 
 def backward(
     d_mixed: Tensor,
-    h: Tensor,
     weight: Tensor,
+    h: Tensor,
     opened: Tensor,
     index: Tensor,
     gate: Tensor,
@@ -212,13 +212,13 @@ def backward(
     active: Tensor,
     residual: bool,
     precision: str,
+    to_weight: bool = True,
     sort_rows: bool | None = None,
-    need_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_h0 [E,B,D] (what may enter module 0's ReLU layer), d_weight, d_bias, d_gate [E,B,N,K].
 
     h and opened as `forward` left them. d_gate is 0 in unused slots and in routes of modules that are not active.
-    need_weight=False skips the weight gradient: d_weight and d_bias come empty.
+    to_weight=False skips the weight gradient: d_weight and d_bias come empty.
     """
     check_dtype("d_mixed", d_mixed)
     n_nets, n_rows, width = d_mixed.shape
@@ -236,7 +236,7 @@ def backward(
             _order(active, tiles, sort_rows), d_h0, d_gate, to_relu, to_residual, n_rows,
             RESIDUAL=residual, **launch,
         )  # fmt: skip
-    if not need_weight:
+    if not to_weight:
         return d_h0, h.new_empty(0), h.new_empty(0), d_gate
     d_weight, d_bias = weight_gradient(to_relu, opened, h, index, gate, active, precision)
     return d_h0, d_weight, d_bias, d_gate

@@ -156,10 +156,10 @@ def forward(
     return index, gate, flow, active
 
 
-def backward(d_gate: Tensor, index: Tensor, gate: Tensor, k: int, n_modules: int) -> Tensor:
+def backward(d_gate: Tensor, index: Tensor, gate: Tensor) -> Tensor:
     """d_logits [E,B,R] from the gradient of `gate`, [E,B,N,K]; what unused slots of d_gate hold does not matter."""
     check_dtype("d_gate", d_gate)
-    n_nets, n_rows = index.shape[:2]
+    n_nets, n_rows, n_modules, k = index.shape
     d_logits = gate.new_empty(n_nets, n_rows, n_modules * (n_modules + 1) // 2)
     if d_logits.numel() > 0:
         launch = route_launch(n_modules, k)

@@ -124,7 +124,6 @@ def test_a_missing_library_is_named_and_the_reference_runs(monkeypatch, tmp_path
     ("arguments", "message"),
     [
         ({"backend": "cuda"}, "backend: expected one of auto, reference, cpp, triton, got 'cuda'"),
-        ({"backend": "triton"}, "backend triton: "),
         ({"precision": "float16"}, "precision: expected one of float32, tf32, bf16, got 'float16'"),
     ],
 )
@@ -132,6 +131,19 @@ def test_value_errors(arguments, message):
     logits, h0, weight, bias = inputs()
     with pytest.raises(ValueError, match=message):
         routed_modules(h0, weight, bias, select_routes(logits, K), **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs it")
+def test_triton_without_a_gpu_says_what_it_needs(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    backends.availability.cache_clear()
+    try:
+        assert backends.availability()["triton"] == "needs a CUDA GPU, torch finds none"
+        logits, *_ = inputs()
+        with pytest.raises(ValueError, match="backend triton: expected tensors on cuda, got cpu"):
+            select_routes(logits, K, backend="triton")
+    finally:
+        backends.availability.cache_clear()
 
 
 def test_the_library_refuses_what_would_leave_its_buffers():

@@ -10,6 +10,8 @@ import pytest
 from check_golden import LIMIT, check_directory, main
 from conftest import cpp_backends
 
+from d2r_fast.ops.backends import availability
+
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = GOLDEN / "network_greedy_train.npz"
 
@@ -29,9 +31,11 @@ def tamper(source: Path, target: Path, name: str, at: tuple[int, ...], value: fl
     np.savez(target, **arrays)
 
 
-@pytest.mark.parametrize("backend", ["reference", *cpp_backends()], indirect=True)
+@pytest.mark.parametrize("backend", ["reference", *cpp_backends(), "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_recorded_vectors(dtype, backend):
+    if backend == "triton" and not availability()["triton"].startswith("ready (interpreted"):
+        pytest.skip("on a GPU tests/test_gpu.py checks them; elsewhere Triton must be installed")
     lines = []
     n_files, n_quantities, worst = check_directory(GOLDEN, dtype, lines.append, backend=backend)
     print(f"{n_files} files, {n_quantities} quantities, worst {worst:.2e}")

@@ -36,10 +36,12 @@ def make_batch(device: str) -> Batch:
     return Batch(*(value.to(device) for value in batch))
 
 
-@pytest.mark.parametrize("dtype", LIMIT)
-def test_golden_vectors(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("reference", "float64"), ("reference", "float32"), ("triton", "float32")]
+)
+def test_golden_vectors(backend: str, dtype: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    n_files, _, worst = check_directory(Path(__file__).with_name("golden"), dtype, device="cuda")
+    n_files, _, worst = check_directory(Path(__file__).with_name("golden"), dtype, device="cuda", backend=backend)
     assert n_files == 11
     assert worst <= LIMIT[dtype]
 

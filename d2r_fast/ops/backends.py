@@ -19,6 +19,7 @@ from d2r_fast.ops.cpp import library
 Backend = Literal["auto", "reference", "cpp", "triton"]
 Precision = Literal["float32", "tf32", "bf16"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "cpp", "triton")
+MAX_TRITON_WIDTH = 256  # past that a tile's rows no longer fit the registers
 PRECISIONS: tuple[Precision, ...] = ("float32", "tf32", "bf16")
 
 
@@ -50,25 +51,24 @@ def _choose(backend: str, device: str, dtype: torch.dtype, width: int) -> str:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return backend
+    name = backend if backend != "auto" else "cpp" if device == "cpu" else "triton"
     limits = {
         "cpp": ("cpu", (torch.float32, torch.float64), library.MAX_WIDTH),
-        "triton": ("cpu" if _interpreted() else "cuda", (torch.float32,), 512),
+        "triton": ("cuda", (torch.float32,), MAX_TRITON_WIDTH),
     }
-    # Interpreted Triton is for tests, which name it.
-    wanted = [backend] if backend != "auto" else ["cpp"] if device == "cpu" else ["triton"]
-    why = ""
-    for name in wanted:
-        on, dtypes, widest = limits[name]
-        if device != on:
-            why = f"expected tensors on {on}, got {device}"
-        elif dtype not in dtypes:
-            why = f"expected {' or '.join(str(d) for d in dtypes)}, got {dtype}"
-        elif width > widest:
-            why = f"expected a width of at most {widest}, got {width}"
-        elif not availability()[name].startswith("ready"):
-            why = availability()[name]
-        else:
-            return name
+    if _interpreted():
+        limits["triton"] = ("cpu", (torch.float32, torch.float64), MAX_TRITON_WIDTH)
+    on, dtypes, widest = limits[name]
+    if device != on:
+        why = f"expected tensors on {on}, got {device}"
+    elif dtype not in dtypes:
+        why = f"expected {' or '.join(str(d) for d in dtypes)}, got {dtype}"
+    elif width > widest:
+        why = f"expected a width of at most {widest}, got {width}"
+    elif not availability()[name].startswith("ready"):
+        why = availability()[name]
+    else:
+        return name
     if backend == "auto":
         return "reference"
     raise ValueError(f"backend {backend}: {why}")

@@ -34,7 +34,7 @@ def ensemble_linear(
     n_nets, n_out, n_in = _check(x, weight, bias)
     check_precision(precision)
     few = backend == "auto" and n_nets * x.shape[-2] < FEWEST_ROWS
-    chosen = choose_backend(backend, x, max(n_in, n_out))
+    chosen = choose_backend(backend, x, 0 if backend == "triton" else max(n_in, n_out))
     if chosen != "cpp" or few or torch.is_autocast_enabled(x.device.type):
         rows = x.expand(n_nets, *x.shape) if x.dim() == 2 else x
         y = torch.baddbmm(bias[:, None], rows, weight.mT)
