@@ -138,7 +138,7 @@ def _run(trainer: Trainer) -> int:
 class FidelityArgs:
     """Compare our environments with the official package: scripted experts, consecutive episodes, paired starts.
 
-    All 50 tasks take six minutes on two cores. The exit status is 0 if every task agrees.
+    All 50 tasks take six to ten minutes on two cores. The exit status is 0 if every task agrees.
     """
 
     tasks: str = "MT50"
