@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def evaluate_command(args: list[str]) -> int:
     result = evaluate_protocol(policy, tasks, spec, seed, wanted.envs_per_task, show_progress=True)
     print(f"{title}\n{result.table()}\n{result.seconds:.0f} s")
     if wanted.json is not None:
-        record = about | result.as_dict() | {"seed": wanted.seed}
+        record = {"command": shlex.join(["d2r", "eval", *args])} | about | result.as_dict() | {"seed": wanted.seed}
         if isinstance(policy, GreedyPolicy) and spec.name != "official":  # there, copies in other processes acted
             record["module_use"] = policy.module_use()
         wanted.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

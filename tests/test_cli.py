@@ -173,8 +173,11 @@ def test_diverging_training_is_one_line_and_no_traceback(tiny_json, tmp_path):
 
 
 def record_of(path: str) -> dict:
-    """A result without its clock."""
-    return {k: v for k, v in json.loads(Path(path).read_text()).items() if k != "seconds"}
+    """A result without its clock and its command, which names the file."""
+    record = json.loads(Path(path).read_text())
+    assert record.pop("seconds") > 0
+    assert record.pop("command").endswith(f"--json {path}")
+    return record
 
 
 def test_eval_of_a_run_and_of_a_checkpoint_file(run):
@@ -242,6 +245,7 @@ def test_fidelity(tmp_path):
     assert outcome.out.strip() == (tmp_path / "report.md").read_text().strip()
     record = json.loads((tmp_path / "report.json").read_text())
     assert [(row["task"], row["verdict"], row["pairs"]) for row in record["tasks"]] == [("drawer-close", "ok", 2)]
+    assert record["command"] == f"d2r fidelity {' '.join(arguments)} --json report.json --markdown report.md"
     assert (record["ok"], record["episodes"], record["envs_per_task"]) == (True, 2, 1)
 
 

@@ -24,6 +24,7 @@ from d2r_fast.cli import main
 from d2r_fast.config import EvalConfig, RunConfig
 from d2r_fast.metrics import read_metrics
 from d2r_fast.presets import config_from_json, config_to_json
+from d2r_fast.progress import Progress
 from d2r_fast.trainer import Trainer, choose_device, make_agent, stream_seed
 
 CFG = tiny.RUN
@@ -381,3 +382,13 @@ def test_sigint_and_sigterm_stop_a_real_process(tmp_path):
         last = read_metrics(run_dir, "train")[-1]
         assert (last["steps"], last["updates"]) == (steps + 20, steps // 2)
         assert [r["steps"] for r in read_metrics(run_dir, "eval")] == [steps + 20]
+
+
+def test_the_memory_of_worker_processes_is_logged_beside_the_own():
+    progress = Progress(("reach",), total_updates=1, updates=0, show=False)
+    before = progress.times()
+    assert before["rss_mib"] > 50
+    with subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=-1, stdout=-1) as worker:
+        worker.stdout.readline()
+        assert progress.times()["workers_rss_mib"] > before["workers_rss_mib"]
+        worker.communicate(b"\n")
