@@ -44,8 +44,13 @@ GREEDY = RouteChoice()
 
 def gumbel(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel noise with the dtype and device of `like`."""
-    exponential = torch.empty(shape, dtype=like.dtype, device=like.device).exponential_(generator=generator)
-    return -exponential.log_()
+    if like.is_cuda:
+        exponential = torch.empty(shape, dtype=like.dtype, device=like.device).exponential_(generator=generator)
+    else:
+        # torch draws exponentials one by one on the CPU: six times as long as uniforms and their logarithm.
+        uniform = torch.rand(shape, dtype=like.dtype, generator=generator)
+        exponential = uniform.clamp_(min=torch.finfo(like.dtype).tiny).log_().neg_()
+    return exponential.log_().neg_()
 
 
 class EnsembleLinear(nn.Module):
