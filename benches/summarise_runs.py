@@ -10,8 +10,8 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+from d2r_fast.config_json import load_config
 from d2r_fast.metrics import read_metrics
-from d2r_fast.presets import load_config
 
 
 def summarise(run_dir: Path) -> dict:

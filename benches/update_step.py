@@ -23,10 +23,9 @@ from d2r_fast.envs import MultiTaskEnvs
 from d2r_fast.learner import Learner
 from d2r_fast.ops import count_active
 from d2r_fast.ops.backends import PRECISIONS, availability
-from d2r_fast.policy import N_CRITICS
-from d2r_fast.presets import load_config
+from d2r_fast.policy import N_CRITICS, Agent
+from d2r_fast.presets import PRESETS
 from d2r_fast.replay import Replay, Transitions
-from d2r_fast.trainer import make_agent
 
 ROWS_PER_TASK = 2000  # in the replay
 OBS, ACTIONS = MultiTaskEnvs.obs_size, MultiTaskEnvs.action_size
@@ -49,7 +48,8 @@ def random_transitions(cfg: RunConfig, device: str) -> Transitions:
 
 
 def make_learner(cfg: RunConfig, device: str) -> Learner:
-    agent = make_agent(cfg, torch.device(device))
+    torch.manual_seed(0)
+    agent = Agent(OBS, ACTIONS, cfg.n_tasks, cfg.net).to(device)
     capacity = cfg.n_tasks * ROWS_PER_TASK
     routes = (cfg.net.n_modules, cfg.net.top_k)
     replay = Replay(cfg.n_tasks, capacity, OBS, ACTIONS, routes, torch.device(device))
@@ -128,7 +128,7 @@ def main() -> None:
     fast = "triton" if args.device == "cuda" else "cpp"
     ready = [name for name in ("reference", fast) if availability()[name].startswith("ready")]
     backends = args.backends.split(",") if args.backends else ready
-    preset = load_config("quick" if args.suite == "quick" else f"{args.suite}-rand")
+    _, preset = PRESETS["quick" if args.suite == "quick" else f"{args.suite}-rand"]
 
     variants: dict[str, Run] = {"matmul": matmul(args.device, preset.batch_size, preset.net.module_width)}
     learners: dict[str, Learner] = {}

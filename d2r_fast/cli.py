@@ -16,13 +16,14 @@ import tyro
 
 from d2r_fast.checkpoint import find_checkpoint, load_checkpoint
 from d2r_fast.config import RunConfig
+from d2r_fast.config_json import config_from_json, load_config
 from d2r_fast.envs import describe_engines, parse_tasks
 from d2r_fast.envs.fidelity_table import EngineChoice
 from d2r_fast.eval_command import check_output, evaluate_command
 from d2r_fast.fidelity import run_fidelity
 from d2r_fast.metrics import read_metrics
 from d2r_fast.ops.backends import availability
-from d2r_fast.presets import PRESETS, config_from_json, load_config
+from d2r_fast.presets import PRESETS
 from d2r_fast.report import success_table, write_report
 from d2r_fast.trainer import Trainer
 

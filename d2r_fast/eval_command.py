@@ -10,9 +10,9 @@ import tyro
 
 from d2r_fast.checkpoint import find_checkpoint, load_checkpoint
 from d2r_fast.config import EvalConfig
+from d2r_fast.config_json import config_from_json
 from d2r_fast.envs import parse_tasks
 from d2r_fast.eval_policies import EvalPolicy, GreedyPolicy, expert_agent
-from d2r_fast.presets import config_from_json
 from d2r_fast.protocols import OFFICIAL, PUBLISHED, ProtocolName, ProtocolSpec, evaluate_protocol
 from d2r_fast.trainer import EVAL_COMMAND, choose_device, make_agent, stream_seed
 

@@ -12,12 +12,12 @@ import torch
 from d2r_fast.checkpoint import save_checkpoint
 from d2r_fast.collector import Collector
 from d2r_fast.config import RunConfig
+from d2r_fast.config_json import config_to_json
 from d2r_fast.envs import MultiTaskEnvs, make_envs
 from d2r_fast.evaluate import evaluate
 from d2r_fast.learner import Learner, restore_generator
 from d2r_fast.metrics import MetricsLog
 from d2r_fast.policy import Agent
-from d2r_fast.presets import config_to_json
 from d2r_fast.progress import Progress
 from d2r_fast.replay import Replay
 

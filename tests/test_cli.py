@@ -15,7 +15,8 @@ import torch
 
 from d2r_fast import cli
 from d2r_fast.checkpoint import checkpoint_files, find_checkpoint
-from d2r_fast.presets import PRESETS, config_to_json, load_config
+from d2r_fast.config_json import config_to_json, load_config
+from d2r_fast.presets import PRESETS
 
 TINY = dataclasses.replace(
     tiny.RUN,

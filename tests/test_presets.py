@@ -5,9 +5,10 @@ import json
 import pytest
 
 from d2r_fast.config import RunConfig
+from d2r_fast.config_json import config_from_json, config_to_json, load_config
 from d2r_fast.envs import ALL_TASKS, MT10, MultiTaskEnvs
 from d2r_fast.policy import Actor
-from d2r_fast.presets import PRESETS, config_from_json, config_to_json, load_config
+from d2r_fast.presets import PRESETS
 
 
 def changed(**changes) -> str:

@@ -22,8 +22,8 @@ import torch
 from d2r_fast.checkpoint import checkpoint_files, find_checkpoint, load_checkpoint
 from d2r_fast.cli import main
 from d2r_fast.config import EvalConfig, RunConfig
+from d2r_fast.config_json import config_from_json, config_to_json
 from d2r_fast.metrics import read_metrics
-from d2r_fast.presets import config_from_json, config_to_json
 from d2r_fast.progress import Progress
 from d2r_fast.trainer import Trainer, choose_device, make_agent, stream_seed
 
