@@ -56,7 +56,7 @@ def test_matches_torch(backend, e, b, n_in, n_out, shared, relu):
     assert_agrees(results(partial(ensemble_linear, backend=backend), leaves, relu), results(plain, leaves, relu))
 
 
-@on_every_backend
+@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the backend holds no state
 @given(
     e=st.integers(1, 3),

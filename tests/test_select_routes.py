@@ -28,7 +28,8 @@ shapes = pytest.mark.parametrize(("e", "b", "n", "k"), SHAPES, ids=["E{}-B{}-N{}
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 
 
-on_every_backend = pytest.mark.parametrize("backend", ["reference", *cpp_backends()], indirect=True)
+on_every_backend = pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
+on_every_instruction_set = pytest.mark.parametrize("backend", ["reference", *cpp_backends()], indirect=True)
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def assert_routes(routes, logits, k, chooser):
             assert bits(active[e][b]) == slow_active([set(route) for route in expected])
 
 
-@on_every_backend
+@on_every_instruction_set
 @shapes
 @dtypes
 def test_greedy_matches_the_oracle(select_routes, e, b, n, k, dtype):
@@ -116,7 +117,7 @@ def test_greedy_matches_the_oracle(select_routes, e, b, n, k, dtype):
     assert_routes(select_routes(logits, k), logits, k, lambda *row: largest(k))
 
 
-@on_every_backend
+@on_every_instruction_set
 @shapes
 @dtypes
 def test_sampled_matches_the_oracle(select_routes, e, b, n, k, dtype):
