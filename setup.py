@@ -1,4 +1,4 @@
-"""Package metadata. `kernels/` sits at the top of the tree and installs as `d2r_fast.kernels`; `csrc/` is built by CMake."""
+"""Package metadata. `kernels/` at the top of the tree installs as `d2r_fast.kernels`; CMake builds `csrc/`."""
 
 import os
 import shutil

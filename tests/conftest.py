@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Read when a kernel is defined, so before anything imports triton: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from d2r_fast.ops.cpp.library import instruction_sets, use_instruction_set
 
 # Examples are drawn from a fixed seed and kept nowhere: a failure repeats by itself.
@@ -16,9 +20,6 @@ settings.register_profile("d2r_fast", derandomize=True, database=None, deadline=
 settings.load_profile("d2r_fast")
 # Test tensors are so small that a second thread costs more than it gives, and the cores are often shared.
 torch.set_num_threads(1)
-# Read when a kernel is defined, so before anything imports triton: without a GPU its kernels run in its interpreter.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
