@@ -1,0 +1,89 @@
+"""Where the trainer gets its chunks: collected while the learner is at work, or when they are asked for."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from d2r_fast.collector import Chunk, Collector
+
+
+class ChunkFeed:
+    """Hands over chunks of `n_steps` steps in every environment, one after another.
+
+    With `ahead`, a thread collects the next chunk while the caller makes the updates that the last one paid for. At
+    most one chunk is under way or waiting to be taken: whoever is ahead waits for the other. Parameters are copied when
+    a chunk is begun, so they are those of one chunk's updates ago when its last update is made, never older.
+    Without, a chunk is collected within `take`.
+
+    All methods are for one thread, the one that updates the agent and the replay.
+    """
+
+    def __init__(self, collector: Collector, n_steps: int, ahead: bool):
+        self._collector, self._n_steps = collector, n_steps
+        self._stopped = False
+        self._under_way: Future[Chunk | None] | None = None
+        self._noise_before: Tensor | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        if ahead:
+            # torch's number of threads is each thread's own, but a thread that has not asked for it yet would take over
+            # what the collector's thread sets.
+            torch.get_num_threads()
+            # A few rows are acted for fastest by one thread, and the others belong to the learner.
+            self._thread = ThreadPoolExecutor(1, "collector", torch.set_num_threads, (1,))
+
+    def take(self, another: bool) -> Chunk | None:
+        """The next chunk, waiting for it if need be; None after `stop`, which leaves it unfinished.
+
+        another: begin the one after it, with the agent's parameters as they are now.
+        Whatever went wrong in collecting is raised here.
+        """
+        if self._thread is None:
+            self._prepare()
+            chunk = self._collector.collect(self._n_steps, self._is_stopped)
+        else:
+            if self._under_way is None:
+                self._begin(self._thread)
+            assert self._under_way is not None
+            chunk, self._under_way = self._under_way.result(), None
+        if chunk is not None:
+            self._noise_before = None
+            if another and self._thread is not None:
+                self._begin(self._thread)
+        return chunk
+
+    def _prepare(self) -> None:
+        self._collector.take_parameters()
+        self._noise_before = self._collector.generator_state()
+
+    def _begin(self, thread: ThreadPoolExecutor) -> None:
+        self._prepare()
+        self._under_way = thread.submit(self._collector.collect, self._n_steps, self._is_stopped)
+
+    def _is_stopped(self) -> bool:
+        return self._stopped
+
+    def raise_if_failed(self) -> None:
+        """Raise now what `take` would raise: the caller need not finish its updates first."""
+        if self._under_way is not None and self._under_way.done():
+            self._under_way.result()
+
+    def settle(self) -> None:
+        """Wait until the chunk under way, if any, is whole: nothing runs beside the caller before the next `take`."""
+        if self._under_way is not None:
+            self._under_way.result()
+
+    def generator_state(self) -> Tensor:
+        """Where the stream of noise is, without what a chunk that was not taken drew from it."""
+        return self._collector.generator_state() if self._noise_before is None else self._noise_before
+
+    def stop(self) -> None:
+        """Leave the chunk under way unfinished, after its present step. Only sets a flag, as a signal handler may."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """Stop, wait for the thread to end, and close the environments."""
+        self.stop()
+        if self._thread is not None:
+            self._thread.shutdown()
+        self._collector.close()
