@@ -365,3 +365,21 @@ def test_a_feed_that_was_stopped_gives_nothing(tmp_path):
             feed._thread.shutdown()
     trainer.close()
     assert np.isfinite(chunk.seconds)
+
+
+def test_a_second_signal_while_the_learner_waits_leaves_at_once(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    actions = iter(range(LAST))
+
+    def interrupt_twice() -> None:
+        if next(actions) == 2:  # of the first chunk, which the main thread can only wait for
+            os.kill(os.getpid(), signal.SIGINT)
+            while not trainer._stop_requested:
+                threading.Event().wait(0.001)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    wrap(trainer._collector._envs, "send", interrupt_twice)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert trainer.steps == 0
+    assert checkpoint_files(tmp_path / "run") == []
