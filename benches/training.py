@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from timing import Samples, print_table, write_report
 
@@ -115,6 +116,7 @@ class Variant:
         self.trainer = Trainer(dataclasses.replace(cfg, overlap=overlap), run_dir, show_progress=False)
         self.slices: list[Waits] = []
         self.chunks: list[int] = []
+        self.others: list[float] = []  # cores that other processes kept busy meanwhile
 
     def _next_chunk(self) -> None:
         """Up to the moment at which the next chunk is in the replay."""
@@ -131,11 +133,13 @@ class Variant:
     def measure(self, seconds: float) -> None:
         torch.set_num_threads(self.threads)
         self._next_chunk()
-        before = self._waits()
+        before, begin, own, all_ = self._waits(), time.perf_counter(), time.process_time(), busy_seconds()
         chunks = 0
         while chunks == 0 or self._waits().wall - before.wall < seconds:
             self._next_chunk()
             chunks += 1
+        foreign = (busy_seconds() - all_) - (time.process_time() - own)
+        self.others.append(max(0.0, foreign) / (time.perf_counter() - begin))
         self.slices.append(Waits(*(a - b for a, b in zip(self._waits(), before, strict=True))))
         self.chunks.append(chunks)
         self.trainer.settle()  # nothing of this variant may run in the other one's slice
@@ -149,7 +153,10 @@ class Variant:
         return [n * per_chunk / s.wall for n, s in zip(self.chunks, self.slices, strict=True)]
 
     def describe_last(self) -> str:
-        return f"{self.name}: {self.steps_per_s()[-1]:.0f} steps/s, idle: {self.slices[-1]}, {self.chunks[-1]} chunks"
+        return (
+            f"{self.name}: {self.steps_per_s()[-1]:.0f} steps/s, idle: {self.slices[-1]}, {self.chunks[-1]} chunks, "
+            f"{self.others[-1]:.1f} cores busy with other processes"
+        )
 
     def row(self, suite: str, reference: "Variant") -> dict[str, Any]:
         rates = self.steps_per_s()
@@ -167,10 +174,18 @@ class Variant:
             **{key: round(statistics.median(s[key] for s in shares), 3) for key in ("learner_idle", "collector_idle")},
             **Samples([1e3 / (rate * updates_a_step) for rate in rates]).as_dict(),
             "chunks": sum(self.chunks),
+            "steps_per_s_by_slice": [round(rate, 1) for rate in rates],
+            "cores_busy_elsewhere_by_slice": [round(n, 2) for n in self.others],
             "ratio_to_reference": round(
                 statistics.median(a / b for a, b in zip(rates, reference.steps_per_s(), strict=True)), 3
             ),
         }
+
+
+def busy_seconds() -> float:
+    """Core seconds that all processes of the machine have used so far."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice  # guest is part of user
 
 
 if __name__ == "__main__":

@@ -66,8 +66,9 @@ class Collector:
     @torch.no_grad()
     def take_parameters(self) -> None:
         """From now on act with the agent as it is. For the thread that updates the agent, while no `collect` runs."""
-        for mine, learned in zip(self._actor.parameters(), self._agent.actor.parameters(), strict=True):
-            mine.copy_(learned)
+        learned = self._agent.actor.state_dict()
+        for name, mine in self._actor.state_dict().items():
+            mine.copy_(learned[name])
         self._route_temp.copy_(self._agent.route_temp)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -12,9 +12,9 @@ class ChunkFeed:
     """Hands over chunks of `n_steps` steps in every environment, one after another.
 
     With `ahead`, a thread collects the next chunk while the caller makes the updates that the last one paid for. At
-    most one chunk is under way or waiting to be taken: whoever is ahead waits for the other. Parameters are copied when
-    a chunk is begun, so they are those of one chunk's updates ago when its last update is made, never older.
-    Without, a chunk is collected within `take`.
+    most one chunk is under way or waiting to be taken: whoever is ahead waits for the other. The actor is copied when a
+    chunk is begun, so it lacks the updates of the chunk before: it is one chunk older than when they take turns.
+    Without `ahead`, a chunk is collected within `take`.
 
     All methods are for one thread, the one that updates the agent and the replay.
     """
