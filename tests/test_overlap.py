@@ -202,8 +202,8 @@ def test_idle_shares_are_logged_with_every_chunk_and_told_at_the_end(tmp_path):
         assert all(0 <= share <= 1 for pair in shares for share in pair)
         assert trainer.idle is not None
         assert 0 <= trainer.idle.learner <= trainer.idle.wall and 0 <= trainer.idle.collector <= trainer.idle.wall
-        if not overlap:  # one of them always waits, but for what collecting itself does not count
-            assert all(0.99 < sum(pair) < 1.05 for pair in shares)
+        if not overlap:  # one of them always waits
+            assert all(sum(pair) >= 0.998 for pair in shares)  # both are rounded
 
 
 def test_waits_are_counted_between_takes(monkeypatch):
