@@ -125,12 +125,13 @@ class Variant:
             self.trainer.advance()
 
     def warm_up(self) -> None:
-        self.trainer.learner_threads = self.threads
+        torch.set_num_threads(self.threads)
         for _ in range(3):
             self._next_chunk()
         self.trainer.settle()
 
     def measure(self, seconds: float) -> None:
+        torch.set_num_threads(self.threads)
         self._next_chunk()
         before, begin, own, all_ = self._waits(), time.perf_counter(), time.process_time(), busy_seconds()
         chunks = 0

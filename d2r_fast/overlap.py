@@ -37,7 +37,8 @@ class ChunkFeed:
             # torch's number of threads is each thread's own, but a thread that has not asked for it yet would take over
             # what the collector's thread sets.
             torch.get_num_threads()
-            # More would not act faster for a few rows, and the other cores are the learner's.
+            # A few rows need one thread. The learner keeps all cores (torch's default): where cores are few, the
+            # collector is idle most of the time, and a core kept free for it measured far slower.
             self._thread = ThreadPoolExecutor(1, "collector", torch.set_num_threads, (1,))
 
     def take(self, another: bool) -> Chunk | None:
@@ -70,11 +71,6 @@ class ChunkFeed:
 
     def _is_stopped(self) -> bool:
         return self._stopped
-
-    @property
-    def collecting(self) -> bool:
-        """Whether the thread is at work now."""
-        return self._under_way is not None and not self._under_way.done()
 
     def raise_if_failed(self) -> None:
         """Raise now what `take` would raise: the caller need not finish its updates first."""

@@ -106,7 +106,6 @@ class Trainer:
         total_updates = int(cfg.total_steps * Fraction(str(cfg.updates_per_step)))
         self._progress = Progress(self.tasks, total_updates, self.learner.updates, show_progress)
         self._stop_requested = False
-        self.learner_threads = torch.get_num_threads()  # on the CPU; by torch's default one a usable core
 
     @property
     def finished(self) -> bool:
@@ -142,7 +141,6 @@ class Trainer:
         owed = self._updates_owed()
         if owed > 0:
             with self._progress.phase("learn"):
-                self._share_cores()
                 self.learner.run(min(owed, UPDATES_AT_ONCE))
             self._progress.show(self.learner.updates)
             self._feed.raise_if_failed()
@@ -151,14 +149,6 @@ class Trainer:
         else:
             self._take_chunk()
 
-    def _share_cores(self) -> None:
-        """Leave a core to the collector while it is at work, or every parallel loop waits for a thread that the
-        collector keeps off its core. Not for good: where cores are few, the collector is idle most of the time.
-        """
-        threads = max(1, self.learner_threads - 1) if self._feed.collecting else self.learner_threads
-        if threads != torch.get_num_threads():
-            torch.set_num_threads(threads)
-
     def settle(self) -> None:
         """Wait for the chunk under way: no thread of this run is at work until the next `advance`."""
         self._feed.settle()
@@ -166,7 +156,6 @@ class Trainer:
     def close(self) -> None:
         """End the collector's thread and the environments, and close the log. `run` does it, however it ends."""
         self._feed.close()
-        torch.set_num_threads(self.learner_threads)
         self._progress.close()
         self._log.close()
 

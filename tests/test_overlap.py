@@ -328,36 +328,18 @@ def test_checkpoints_and_evaluations_come_while_a_chunk_is_under_way(tmp_path):
     assert torch.equal(generator.get_state(), states[1])
 
 
-def test_the_collector_acts_on_one_core_and_the_learner_leaves_it_to_it_meanwhile(tmp_path):
+def test_the_collectors_thread_acts_on_one_core_and_the_learner_keeps_its_own(tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        trainer = make_trainer(tmp_path / "run", total_steps=20)
-        feed, learning = trainer._feed, threading.Event()
-        threads: dict[str, list[int]] = {"collector": [], "beside it": [], "alone": []}
-
-        def note_learner() -> None:
-            if feed.collecting:  # the last chunk, which waits for these updates
-                threads["beside it"].append(torch.get_num_threads())
-                learning.set()
-                feed.settle()
-            else:
-                threads["alone"].append(torch.get_num_threads())
-
-        def note_collector() -> None:
-            threads["collector"].append(torch.get_num_threads())
-            if len(threads["collector"]) > 3 * CHUNK // CFG.env.envs_per_task:
-                assert learning.wait(PATIENCE)
-
-        wrap(trainer._collector, "_act", note_collector)
-        wrap(trainer.learner, "run", note_learner)
+        trainer = make_trainer(tmp_path / "run", total_steps=10)
+        threads: dict[str, set[int]] = {"collector": set(), "learner": set()}
+        wrap(trainer._collector, "_act", lambda: threads["collector"].add(torch.get_num_threads()))
+        wrap(trainer.learner, "run", lambda: threads["learner"].add(torch.get_num_threads()))
         assert trainer.run()
-        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    assert set(threads["collector"]) == {1}
-    assert threads["beside it"] == [2]
-    assert threads["alone"] == [3] * (2 * -(-PER_CHUNK // UPDATES_AT_ONCE) - 1)
+    assert threads == {"collector": {1}, "learner": {3}}
 
 
 def test_deterministic_runs_take_turns_whatever_overlap_says(tmp_path, restore_torch_switches):
