@@ -42,7 +42,7 @@ d2r train PRESET --help, d2r eval --help and d2r fidelity --help list every opti
 """
 
 # What a resumed run may change: nothing that the saved state was made with.
-RESUMABLE_FIELDS = {"total_steps", "device", "eval", "checkpoint_every_chunks", "checkpoint_replay"}
+RESUMABLE_FIELDS = {"total_steps", "device", "overlap", "eval", "checkpoint_every_chunks", "checkpoint_replay"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,6 +127,8 @@ def _run(trainer: Trainer) -> int:
         print(success_table(trainer.tasks, last["success"], last["episode_return"], last["episodes"]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts it in KiB
     print(f"\n{'finished' if finished else 'stopped'} after {seconds / 60:.1f} minutes in this session")
+    if trainer.idle is not None:
+        print(f"idle       {trainer.idle} (waiting for the other, since the warm-up)")
     print(f"memory     {peak:,.0f} MiB at the peak")
     print(f"checkpoint {find_checkpoint(run_dir)}")
     print(f"metrics    {run_dir / 'metrics.jsonl'}, TensorBoard: {run_dir / 'tensorboard'}")

@@ -140,9 +140,14 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner and the replay live; auto takes a GPU where there is one."""
     deterministic: bool = False
-    """Same seed, same machine: identical metrics, also across a stop at a checkpoint and a resume."""
+    """Same seed, same machine: identical metrics, also across a stop at a checkpoint and a resume. Collecting and
+    learning then take turns."""
     cuda_graph: bool = True
     """On a GPU, replay updates as one captured graph; False launches their kernels one by one."""
+    overlap: bool = True
+    """Collect the next chunk while the learner makes the updates of the last one, with parameters at most one chunk
+    old, as published. False, or `deterministic`: they take turns. The ratio is exact either way; bitwise equal runs are
+    promised by `deterministic` alone."""
     env: EnvConfig = field(default_factory=EnvConfig)
     net: NetConfig = field(default_factory=NetConfig)
     sac: SacConfig = field(default_factory=SacConfig)

@@ -5,13 +5,32 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import psutil
 from tqdm import tqdm
 
 
+class Waits(NamedTuple):
+    """Seconds between the moments at which chunks were taken, and how many of them each side waited for the other."""
+
+    wall: float = 0.0
+    learner: float = 0.0
+    collector: float = 0.0
+
+    def plus(self, other: "Waits") -> "Waits":
+        return Waits(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def shares(self) -> dict[str, float]:
+        """Idle shares of the wall time, 0 to 1."""
+        return {"learner_idle": self.learner / self.wall, "collector_idle": self.collector / self.wall}
+
+    def __str__(self) -> str:
+        return f"learner {self.learner / self.wall:.0%}, collector {self.collector / self.wall:.0%}"
+
+
 class Progress:
-    """Shows updates made, updates/s, steps/s of all tasks together, time left, mean and worst success."""
+    """Shows updates made, updates/s, steps/s of all tasks together, idle shares, time left, mean and worst success."""
 
     def __init__(self, tasks: tuple[str, ...], total_updates: int, updates: int, show: bool):
         self._tasks = tasks
@@ -19,6 +38,9 @@ class Progress:
         self._seconds: dict[str, float] = defaultdict(float)
         self._steps = 0
         self._success = ""
+        self._taken_at: float | None = None
+        self._last = Waits()
+        self.waits = Waits()  # of the chunks counted so far
         self._bar = tqdm(
             total=total_updates,
             initial=updates,
@@ -40,6 +62,18 @@ class Progress:
         self._steps += steps
         self._describe()
 
+    def chunk_taken(self, waited: float, collecting: float, counts: bool) -> None:
+        """A chunk was taken just now: the learner waited `waited` seconds for it, the collector spent `collecting`.
+
+        counts: whether it goes into `waits`; one of the warm-up, for which the learner can only wait, does not.
+        """
+        now = time.perf_counter()
+        wall = waited if self._taken_at is None else now - self._taken_at
+        self._taken_at = now
+        self._last = Waits(wall, waited, max(0.0, wall - collecting))
+        if counts:
+            self.waits = self.waits.plus(self._last)
+
     def evaluated(self, success: list[float]) -> None:
         worst = min(range(len(success)), key=success.__getitem__)
         mean = sum(success) / len(success)
@@ -48,7 +82,8 @@ class Progress:
 
     def _describe(self) -> None:
         rate = self._steps / (time.perf_counter() - self._start)
-        self._bar.set_postfix_str(f"{rate:.0f} steps/s{self._success}", refresh=False)
+        idle = f", idle: {self.waits}" if self.waits.wall > 0 else ""
+        self._bar.set_postfix_str(f"{rate:.0f} steps/s{idle}{self._success}", refresh=False)
 
     def show(self, updates: int) -> None:
         """Move the bar to `updates`."""
@@ -59,10 +94,13 @@ class Progress:
         self._bar.write(line)
 
     def times(self) -> dict[str, float]:
-        """Seconds since this process began the run, in all and of each phase; and the memory it holds, in MiB, beside
-        that of its worker processes (where several share pages, each counts them).
+        """Seconds since this process began the run, in all and of each phase of the main thread ("collect": waiting for
+        a chunk and adding it to the replay); the idle shares from the last chunk but one to the last; and the memory
+        the process holds, in MiB, beside that of its worker processes (where several share pages, each counts them).
         """
         seconds = {"wall": time.perf_counter() - self._start, **self._seconds}
+        if self._last.wall > 0:
+            seconds |= self._last.shares()
         process = psutil.Process()
         memory = {"rss_mib": _rss_mib([process]), "workers_rss_mib": _rss_mib(process.children(recursive=True))}
         return {name: round(value, 3) for name, value in seconds.items()} | memory

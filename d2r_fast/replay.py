@@ -1,5 +1,6 @@
 """The replay: a ring buffer on the learner's device that gives the same number of rows of every task."""
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import psutil
@@ -20,6 +21,54 @@ class Transitions(NamedTuple):
     route: Tensor  # [T,S,N,K] uint8: the sources the actor's routes kept
 
 
+def _row_fields(
+    obs_size: int, action_size: int, route_shape: tuple[int, int]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each field of one transition."""
+    return {
+        "obs": ((obs_size,), torch.float32),
+        "action": ((action_size,), torch.float32),
+        "reward": ((), torch.float32),
+        "terminal": ((), torch.bool),
+        "next_obs": ((obs_size,), torch.float32),
+        "route": (route_shape, torch.uint8),
+    }
+
+
+class Staging:
+    """Host memory for S transitions of each of T tasks, in one piece, so that one copy takes them to a GPU.
+
+    rows    its fields, not initialised: for the collector to write and the learner's thread to add to the replay
+    pinned  page-locked memory, from which a GPU copies by itself; needs CUDA
+    """
+
+    def __init__(
+        self,
+        n_tasks: int,
+        n_rows: int,
+        obs_size: int,
+        action_size: int,
+        route_shape: tuple[int, int],
+        pinned: bool = False,
+    ):
+        fields = _row_fields(obs_size, action_size, route_shape).values()
+        self._fields = [(torch.Size((n_tasks, n_rows, *shape)), dtype) for shape, dtype in fields]
+        sizes = [shape.numel() * dtype.itemsize for shape, dtype in self._fields]
+        self._ends = list(accumulate(-(-size // 16) * 16 for size in sizes))  # every field begins aligned
+        self._memory = torch.empty(self._ends[-1], dtype=torch.uint8, pin_memory=pinned)
+        self.rows = self._views(self._memory)
+
+    def _views(self, memory: Tensor) -> Transitions:
+        views = []
+        for begin, (shape, dtype) in zip([0, *self._ends], self._fields, strict=False):
+            views.append(memory[begin : begin + shape.numel() * dtype.itemsize].view(dtype).view(shape))
+        return Transitions(*views)
+
+    def rows_on(self, device: torch.device) -> Transitions:
+        """The rows on `device`: `rows` themselves on the CPU, elsewhere a copy, made when this returns."""
+        return self.rows if device.type == "cpu" else self._views(self._memory.to(device))
+
+
 class Replay:
     """Preallocated storage for `capacity` transitions over all T tasks; every task holds the same number.
 
@@ -37,14 +86,7 @@ class Replay:
         device: torch.device,
     ):
         self.n_tasks, self.rows_per_task, self.device = n_tasks, capacity // n_tasks, device
-        self._shapes = {
-            "obs": ((obs_size,), torch.float32),
-            "action": ((action_size,), torch.float32),
-            "reward": ((), torch.float32),
-            "terminal": ((), torch.bool),
-            "next_obs": ((obs_size,), torch.float32),
-            "route": (route_shape, torch.uint8),
-        }
+        self._shapes = _row_fields(obs_size, action_size, route_shape)
         self._require_memory()
         # Zeros written, not just reserved: the memory is taken here, not bit by bit while training runs.
         self._store = Transitions(

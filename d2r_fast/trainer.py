@@ -1,7 +1,8 @@
-"""The training loop: collect a chunk, make the updates it pays for, evaluate, log, save; and go on after a stop."""
+"""The training loop: take a chunk, make the updates it pays for, evaluate, log, save; and go on after a stop."""
 
 import os
 import signal
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,16 @@ import numpy as np
 import torch
 
 from d2r_fast.checkpoint import save_checkpoint
-from d2r_fast.collector import Collector
+from d2r_fast.collector import Chunk, Collector
 from d2r_fast.config import RunConfig
 from d2r_fast.config_json import config_to_json
 from d2r_fast.envs import MultiTaskEnvs, make_envs
 from d2r_fast.evaluate import evaluate
 from d2r_fast.learner import Learner, restore_generator
 from d2r_fast.metrics import MetricsLog
+from d2r_fast.overlap import ChunkFeed
 from d2r_fast.policy import Agent
-from d2r_fast.progress import Progress
+from d2r_fast.progress import Progress, Waits
 from d2r_fast.replay import Replay
 
 # A stop waits for this many updates at most, and the progress bar moves once in as many.
@@ -56,7 +58,8 @@ class Trainer:
     """One run in one directory. Steps are counted per task, the warm-up's included.
 
     Counters alone say what comes next: updates owed for steps taken, the end of a chunk, or another chunk. So a run
-    can stop between any two updates and go on from there.
+    can stop between any two updates and go on from there. Steps count when their chunk is added to the replay, between
+    two updates; a chunk under way at a stop is dropped.
     """
 
     def __init__(self, cfg: RunConfig, run_dir: Path, resume: dict[str, Any] | None = None, show_progress: bool = True):
@@ -94,6 +97,9 @@ class Trainer:
         self._collector = Collector(
             self._make_envs(), self.agent, self.device, self._acting_generator, not cfg.bootstrap_at_time_limit
         )
+        self._feed = ChunkFeed(
+            self._collector, cfg.chunk_steps // cfg.env.envs_per_task, cfg.overlap and not cfg.deterministic
+        )
         run_dir.mkdir(parents=True, exist_ok=True)
         self._log = MetricsLog(run_dir, self.tasks, resume["metrics_length"] if resume else None)
         (run_dir / "config.json").write_text(config_to_json(cfg), encoding="utf-8")
@@ -103,7 +109,16 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        return self._chunks_ended * self.cfg.chunk_steps >= self.cfg.warmup_steps + self.cfg.total_steps
+        return self._chunks_ended * self.cfg.chunk_steps >= self._last_step
+
+    @property
+    def _last_step(self) -> int:
+        return self.cfg.warmup_steps + self.cfg.total_steps
+
+    @property
+    def idle(self) -> Waits | None:
+        """How long learner and collector waited for each other since the warm-up; None before there were updates."""
+        return self._progress.waits if self._progress.waits.wall > 0 else None
 
     def run(self) -> bool:
         """Train to the end, or until SIGINT or SIGTERM; saves either way. Returns whether the run is finished."""
@@ -112,29 +127,43 @@ class Trainer:
             if self.replay.size == 0 and self.steps > 0:
                 self._refill_replay()
             while not self._stop_requested and not self.finished:
-                owed = self._updates_owed()
-                if owed > 0:
-                    with self._progress.phase("learn"):
-                        self.learner.run(min(owed, UPDATES_AT_ONCE))
-                    self._progress.show(self.learner.updates)
-                elif self.steps > self._chunks_ended * self.cfg.chunk_steps:
-                    self._end_chunk()
-                else:
-                    self._collect_chunk()
+                self.advance()
             self.learner.require_finite()  # a stop in the middle of a chunk comes before its metrics are looked at
             self._save()
         finally:
-            self._progress.close()
-            self._log.close()
-            self._collector.close()
+            self.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return self.finished
+
+    def advance(self) -> None:
+        """Do what the counters say comes next: a few updates, or the end of a chunk, or another chunk."""
+        owed = self._updates_owed()
+        if owed > 0:
+            with self._progress.phase("learn"):
+                self.learner.run(min(owed, UPDATES_AT_ONCE))
+            self._progress.show(self.learner.updates)
+            self._feed.raise_if_failed()
+        elif self.steps > self._chunks_ended * self.cfg.chunk_steps:
+            self._end_chunk()
+        else:
+            self._take_chunk()
+
+    def settle(self) -> None:
+        """Wait for the chunk under way: no thread of this run is at work until the next `advance`."""
+        self._feed.settle()
+
+    def close(self) -> None:
+        """End the collector's thread and the environments, and close the log. `run` does it, however it ends."""
+        self._feed.close()
+        self._progress.close()
+        self._log.close()
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._stop_requested:
             raise KeyboardInterrupt  # asked twice: at once, without saving
         self._stop_requested = True
+        self._feed.stop()
         self._progress.write(f"{signal.Signals(number).name}: saving and leaving (again: leave at once, unsaved)")
 
     def _updates_owed(self) -> int:
@@ -150,10 +179,21 @@ class Trainer:
             self.tasks, env.envs_per_task, env.episode_length, seed, env.reward_scale, env.engine, env.goals
         )
 
-    def _collect_chunk(self) -> None:
+    def _add_chunk(self, another: bool, counts: bool) -> Chunk | None:
+        """Move a chunk from the feed to the replay; None if a stop came first."""
+        begin = time.perf_counter()
+        chunk = self._feed.take(another)
+        if chunk is not None:
+            self._progress.chunk_taken(time.perf_counter() - begin, chunk.seconds, counts)
+            self.replay.add(chunk.staging.rows_on(self.device))
+        return chunk
+
+    def _take_chunk(self) -> None:
         with self._progress.phase("collect"):
-            chunk = self._collector.collect(self.cfg.chunk_steps // self.cfg.env.envs_per_task)
-            self.replay.add(chunk.transitions)
+            another = self.steps + self.cfg.chunk_steps < self._last_step
+            chunk = self._add_chunk(another, counts=self.steps > self.cfg.warmup_steps)
+        if chunk is None:
+            return
         self.steps += self.cfg.chunk_steps
         self._progress.steps_taken(self.cfg.chunk_steps * len(self.tasks))
         self._collected = {
@@ -167,10 +207,8 @@ class Trainer:
     def _refill_replay(self) -> None:
         """After a resume without a saved replay: another warm-up, whose steps do not count."""
         for _ in range(self.cfg.warmup_steps // self.cfg.chunk_steps):
-            if self._stop_requested:
+            if self._add_chunk(another=True, counts=False) is None:
                 return
-            chunk = self._collector.collect(self.cfg.chunk_steps // self.cfg.env.envs_per_task)
-            self.replay.add(chunk.transitions)
 
     def _end_chunk(self) -> None:
         self._chunks_ended += 1
@@ -209,7 +247,7 @@ class Trainer:
             "agent": self.agent.state_dict(),
             "learner": self.learner.state_dict(),
             "replay": self.replay.state_dict() if self.cfg.checkpoint_replay else None,
-            "acting_generator": self._acting_generator.get_state(),
+            "acting_generator": self._feed.generator_state(),
             "steps": self.steps,
             "chunks_ended": self._chunks_ended,
             "evaluations": self._evaluations,

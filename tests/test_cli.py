@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -130,6 +131,8 @@ def test_train_tells_where_everything_is(trained):
         for name in ("checkpoints/step-0000000030.pt", "metrics.jsonl", "learning_curve.png", "module_use.png")
     }
     assert any(line.startswith("finished after") for line in lines)
+    (idle,) = (line for line in lines if line.startswith("idle "))
+    assert re.fullmatch(r"idle       learner \d+%, collector \d+% \(waiting for the other, since the warm-up\)", idle)
 
 
 def test_training_from_a_runs_config_repeats_it(trained, tmp_path):

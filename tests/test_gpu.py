@@ -1,9 +1,11 @@
 """What only a GPU can show. Without one every test here is skipped, and says so."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from check_golden import LIMIT, check_directory
 
@@ -12,8 +14,9 @@ from d2r_fast.checkpoint import load_checkpoint, save_checkpoint
 from d2r_fast.config import EnvConfig, RunConfig
 from d2r_fast.learner import Learner
 from d2r_fast.ops.select_routes import select_routes
-from d2r_fast.replay import Replay, Transitions
+from d2r_fast.replay import Replay, Staging, Transitions
 from d2r_fast.sac import Batch, draw, make_optimiser, update
+from d2r_fast.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; torch finds none")
 
@@ -155,3 +158,24 @@ def test_a_captured_update_sees_rows_added_later_and_a_loaded_state() -> None:
     learner.run(10)
     assert learner.updates == 15 and learner._graph is not None
     learner.require_finite()
+
+
+def test_staged_rows_reach_the_device_as_they_are() -> None:
+    staging = Staging(2, 7, 39, 4, (6, 2), pinned=True)
+    assert all(field.is_pinned() for field in staging.rows)
+    for i, field in enumerate(staging.rows):
+        field.copy_(torch.arange(field.numel()).view_as(field) % (i + 2))
+    for here, there in zip(staging.rows, staging.rows_on(torch.device("cuda")), strict=True):
+        assert there.is_cuda and there.is_contiguous()
+        assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_training_collects_on_the_gpu_beside_the_learner(tmp_path: Path, overlap: bool) -> None:
+    pytest.importorskip("envpool")
+    trainer = Trainer(dataclasses.replace(tiny.RUN, device="cuda", overlap=overlap), tmp_path / "run", None, False)
+    assert trainer.run()
+    assert (trainer.steps, trainer.learner.updates) == (100, 40)
+    rows = trainer.replay.state_dict()["rows"]
+    torch.testing.assert_close(rows["next_obs"][..., 18:36], rows["obs"][..., :18])
+    assert rows["route"].max() < tiny.NET.n_modules

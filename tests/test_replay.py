@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2r_fast.replay import Replay, Transitions
+from d2r_fast.replay import Replay, Staging, Transitions
 
 T, CAP, OBS, A, ROUTE = 3, 10, 4, 2, (5, 2)  # CAP rows a task
 CPU = torch.device("cpu")
@@ -231,3 +231,22 @@ def test_a_saved_replay_of_other_sizes_is_refused_and_changes_nothing(sizes):
         other.load_state_dict(saved.state_dict())
     assert other.size == 0
     assert all(not v.any() for v in other._store)
+
+
+@pytest.mark.parametrize("n_rows", [1, 7])
+def test_staged_rows_are_one_piece_of_memory_without_overlap(n_rows):
+    staging = Staging(T, n_rows, 39, 4, (5, 3))
+    assert [(list(x.shape), x.dtype) for x in staging.rows] == [
+        ([T, n_rows, 39], torch.float32),
+        ([T, n_rows, 4], torch.float32),
+        ([T, n_rows], torch.float32),
+        ([T, n_rows], torch.bool),
+        ([T, n_rows, 39], torch.float32),
+        ([T, n_rows, 5, 3], torch.uint8),
+    ]
+    assert len({x.untyped_storage().data_ptr() for x in staging.rows}) == 1
+    for i, field in enumerate(staging.rows):
+        field.fill_(i)
+    for i, field in enumerate(staging.rows):
+        assert (field == bool(i) if field.dtype == torch.bool else field == i).all()
+    assert staging.rows_on(torch.device("cpu")) is staging.rows
