@@ -17,6 +17,7 @@ from d2r_fast.checkpoint import checkpoint_files, find_checkpoint, load_checkpoi
 from d2r_fast.config import EvalConfig
 from d2r_fast.config_json import config_from_json
 from d2r_fast.metrics import read_metrics
+from d2r_fast.network import gumbel
 from d2r_fast.overlap import ChunkFeed
 from d2r_fast.progress import Progress
 from d2r_fast.trainer import UPDATES_AT_ONCE, Trainer
@@ -324,7 +325,7 @@ def test_checkpoints_and_evaluations_come_while_a_chunk_is_under_way(tmp_path):
     generator.set_state(states[0])
     for _ in range(CHUNK // CFG.env.envs_per_task):
         torch.randn(4, 4, generator=generator)
-        torch.empty(1, 4, CFG.net.n_logits).exponential_(generator=generator)
+        gumbel((1, 4, CFG.net.n_logits), torch.zeros(1), generator)
     assert torch.equal(generator.get_state(), states[1])
 
 
