@@ -1,0 +1,62 @@
+// What the operations share on the host's side: checks of tensors, and the kernels of the instruction set in use.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace d2r_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Isa {
+  const char* name;
+  const KernelSet* kernels;
+};
+
+// The instruction set in use (library.cpp).
+const Isa& isa();
+
+template <typename T>
+const Kernels<T>& kernels(bool bf16) {
+  if constexpr (std::is_same_v<T, double>) {
+    STD_TORCH_CHECK(!bf16, "precision: bf16 products need float32 tensors, got float64");
+    return isa().kernels->float64;
+  } else {
+    STD_TORCH_CHECK(!bf16 || isa().kernels->bf16, "precision: bf16 products need AVX512-BF16, this processor runs ", isa().name);
+    return bf16 ? *isa().kernels->bf16 : isa().kernels->float32;
+  }
+}
+
+inline void check_numel(const char* name, const Tensor& tensor, int64_t expected) {
+  STD_TORCH_CHECK(tensor.numel() == expected, name, ": expected ", expected, " numbers, got ", tensor.numel());
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+inline void check_sizes(const Sizes& s) {
+  STD_TORCH_CHECK(s.n_modules >= 1 && s.n_modules <= kMaxModules, "N: expected 1..", kMaxModules, " modules, got ", s.n_modules);
+  STD_TORCH_CHECK(s.width <= kMaxWidth, "D: expected at most ", kMaxWidth, ", got ", s.width);
+  STD_TORCH_CHECK(s.n_kept >= 1 && s.n_kept <= s.n_modules, "K: expected 1..N=", s.n_modules, ", got ", s.n_kept);
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+template <typename T>
+const T* const_data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename Body>
+void with_dtype(const Tensor& tensor, const Body& body) {
+  if (tensor.scalar_type() == ScalarType::Double) return body(double{});
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "expected float32 or float64");
+  body(float{});
+}
+
+}  // namespace d2r_fast

@@ -1,0 +1,19 @@
+// The operations of namespace d2r_fast_cpu. Outputs are allocated by the caller (d2r_fast/ops/cpp), which has checked
+// shapes; what is checked again here is what would read or write out of bounds. An empty tensor stands for "not wanted".
+#pragma once
+#include "host.h"
+
+namespace d2r_fast {
+
+void routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor gate, Tensor active, bool residual, bool bf16,
+                    Tensor mixed, Tensor h, Tensor opened);
+void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor gate, Tensor flow, Tensor active, Tensor h,
+                             Tensor opened, bool residual, bool bf16, Tensor d_h0, Tensor d_weight, Tensor d_bias, Tensor d_gate);
+void linear(Tensor x, Tensor weight, Tensor bias, bool relu, bool bf16, Tensor y);
+void linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, bool bf16, Tensor d_x, Tensor d_weight,
+                     Tensor d_bias);
+void select_routes(Tensor logits, Tensor temperature, Tensor noise, Tensor given, bool resrouting, Tensor index, Tensor gate,
+                   Tensor flow, Tensor active);
+void select_routes_backward(Tensor d_gate, Tensor index, Tensor gate, Tensor d_logits);
+
+}  // namespace d2r_fast

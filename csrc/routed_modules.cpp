@@ -1,0 +1,122 @@
+// The routed modules on the CPU: host side of routed_modules_cpu.h.
+#include <bit>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "operations.h"
+#include "parallel.h"
+
+namespace d2r_fast {
+namespace {
+
+// Fresh memory of this size comes page by page from the system; asked for in large pages it comes 512 times less often.
+void prefer_large_pages(const Tensor& tensor, size_t element) {
+#if defined(__linux__)
+  constexpr uintptr_t kLargePage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t last = (begin + tensor.numel() * element) / kLargePage * kLargePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+Sizes sizes_of(const Tensor& h0, const Tensor& index, bool residual) {
+  const Sizes s{h0.size(0), h0.size(1), index.size(2), index.size(3), h0.size(2), residual};
+  check_sizes(s);
+  return s;
+}
+
+}  // namespace
+
+void routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor gate, Tensor active, bool residual, bool bf16,
+                    Tensor mixed, Tensor h, Tensor opened) {
+  const Sizes s = sizes_of(h0, index, residual);
+  const int64_t rows = s.n_nets * s.n_rows, weights = s.n_nets * (s.n_modules - 1) * s.width;
+  check_numel("h0", h0, rows * s.width);
+  check_numel("weight", weight, weights * s.width);
+  check_numel("bias", bias, weights);
+  check_numel("index", index, rows * s.n_modules * s.n_kept);
+  check_numel("gate", gate, rows * s.n_modules * s.n_kept);
+  check_numel("active", active, rows);
+  check_numel("mixed", mixed, rows * s.width);
+  const bool keep = h.numel() > 0;
+  if (keep) {
+    check_numel("h", h, rows * s.n_modules * s.width);
+    check_numel("opened", opened, rows * s.n_modules * s.width);
+  }
+  if (rows == 0) return;
+  with_dtype(h0, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernels<T>& kernel = kernels<T>(bf16);
+    if (keep) prefer_large_pages(h, sizeof(T));
+    if (keep) prefer_large_pages(opened, sizeof(bool));
+    const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets * (s.n_modules - 1), s.width, s.width, false);
+    const ForwardArgs<T> args{s,
+                              const_data<T>(h0),
+                              panels.get(),
+                              const_data<T>(bias),
+                              const_data<int32_t>(index),
+                              const_data<T>(gate),
+                              const_data<int32_t>(active),
+                              keep ? data<T>(h) : nullptr,
+                              keep ? data<bool>(opened) : nullptr,
+                              data<T>(mixed)};
+    for_each_row_block(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
+      kernel.forward(args, net, first, n_rows);
+    });
+  });
+}
+
+void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor gate, Tensor flow, Tensor active, Tensor h,
+                             Tensor opened, bool residual, bool bf16, Tensor d_h0, Tensor d_weight, Tensor d_bias, Tensor d_gate) {
+  const Sizes s = sizes_of(d_mixed, index, residual);
+  const int64_t rows = s.n_nets * s.n_rows, routes = rows * s.n_modules * s.n_kept;
+  const int64_t biases = s.n_nets * (s.n_modules - 1) * s.width, weights = biases * s.width;
+  check_numel("d_mixed", d_mixed, rows * s.width);
+  check_numel("weight", weight, weights);
+  check_numel("index", index, routes);
+  check_numel("gate", gate, routes);
+  check_numel("flow", flow, routes);
+  check_numel("active", active, rows);
+  check_numel("h", h, rows * s.n_modules * s.width);
+  check_numel("opened", opened, rows * s.n_modules * s.width);
+  check_numel("d_h0", d_h0, rows * s.width);
+  check_numel("d_gate", d_gate, routes);
+  const bool to_weight = d_weight.numel() > 0;
+  if (to_weight) {
+    check_numel("d_weight", d_weight, weights);
+    check_numel("d_bias", d_bias, biases);
+  }
+  with_dtype(d_mixed, [&](auto zero) {
+    using T = decltype(zero);
+    if (to_weight && rows == 0) {
+      std::fill_n(data<T>(d_weight), weights, T(0));
+      std::fill_n(data<T>(d_bias), biases, T(0));
+    }
+    if (rows == 0) return;
+    const Kernels<T>& kernel = kernels<T>(bf16);
+    const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets * (s.n_modules - 1), s.width, s.width, true);
+    const BackwardArgs<T> args{s,
+                               const_data<T>(d_mixed),
+                               panels.get(),
+                               const_data<int32_t>(index),
+                               const_data<T>(gate),
+                               const_data<bool>(flow),
+                               const_data<int32_t>(active),
+                               const_data<T>(h),
+                               const_data<bool>(opened),
+                               data<T>(d_h0),
+                               data<T>(d_gate)};
+    const GradientSums<T> sums{to_weight ? data<T>(d_weight) : nullptr, weights / s.n_nets,
+                               to_weight ? data<T>(d_bias) : nullptr, biases / s.n_nets};
+    const auto cost = [&](int64_t row) { return std::popcount(static_cast<uint32_t>(args.active[row])); };
+    sum_over_rows(s.n_nets, s.n_rows, sums, cost,
+                  [&](int64_t net, int64_t first, int64_t n_rows, T* weight_sum, T* bias_sum) {
+                    kernel.backward(args, net, first, n_rows, weight_sum, bias_sum);
+                  });
+  });
+}
+
+}  // namespace d2r_fast
