@@ -175,9 +175,11 @@ def plot(rows: list[dict[str, Any]], folder: Path, device: str) -> None:
         for variant in dict.fromkeys(row["variant"] for row in rows):
             mine = [row for row in rows if row["axis"] == name and row["variant"] == variant]
             axis.plot([r["value"] for r in mine], [r["median_ms"] for r in mine], "o-", label=variant)
-        axis.set(xlabel=name, ylabel="forward + backward, ms", ylim=(0, None))
+        axis.set(xlabel=name, ylabel="forward + backward, ms")
         if name == "rows":
-            axis.set(xscale="log", yscale="log", ylim=(None, None))
+            axis.set(xscale="log", yscale="log")
+        else:
+            axis.set(ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
