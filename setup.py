@@ -34,7 +34,6 @@ DEV = [
 ]
 
 
-
 class BuildCpuLibrary(build_ext):
     """csrc/ to d2r_fast/_cpu.so. Without CMake, a compiler or torch's headers the package installs all the same, and
     its backend `cpp` says why it is missing."""
