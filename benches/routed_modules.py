@@ -136,9 +136,12 @@ def sweep(sizes: Sizes, device: str, fast: str, rounds: int) -> list[dict[str, A
         points.append(("modules", n, make_case(at, sampled_routes(at, device), device)))
     rows = []
     for axis, value, case in points:
-        ops = {name: partial(routed_modules, backend=name) for name in ("reference", fast)}
+        ops = {name: partial(routed_modules, backend=name) for name in (fast, "reference")}
         few = max(3, rounds // 3 if case.h0.shape[1] <= 4096 else rounds // 6)
-        samples = measure({name: calls(op, case, True) for name, op in ops.items()}, device, few, warmup=2)
+        # One after the other: the reference's gigabytes of temporaries would make the other's fresh memory slow.
+        samples = {
+            name: measure({name: calls(op, case, True)}, device, few, warmup=3)[name] for name, op in ops.items()
+        }
         for name, measured in samples.items():
             ratio = round(samples["reference"].median / measured.median, 2)
             rows.append(
