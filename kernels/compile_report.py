@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 import triton
 from d2r_fast.kernels.routed_modules import routed_modules_bwd_kernel, routed_modules_fwd_kernel
 from d2r_fast.kernels.select_routes import route_launch, select_routes_bwd_kernel, select_routes_fwd_kernel
-from d2r_fast.kernels.settings import PRECISIONS, gradient_launch, walk_launch
+from d2r_fast.kernels.settings import gradient_launch, walk_launch
 from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_kernel, weight_gradient_reduce_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from d2r_fast.ops.backends import PRECISIONS
 
 TARGET = GPUTarget("cuda", 90, 32)
 SIZES = ((16, 2, 128), (32, 4, 256))  # N, K, D: as published; and the largest that the tile sizes are chosen for

@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-PRECISIONS = ("float32", "tf32", "bf16")
+from d2r_fast.ops.backends import MAX_TRITON_WIDTH, check_precision
+
 # Contract a * b + c to one instruction; Triton's default for it changes between versions.
 FUSED = {"enable_fp_fusion": True}
-MAX_WIDTH = 256
 
 
 class Settings(NamedTuple):
@@ -77,10 +77,9 @@ def check_dtype(name: str, value: Tensor) -> None:
 
 
 def _settings(kernel: str, precision: str, width: int) -> Settings:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if not 1 <= width <= MAX_WIDTH:  # past that a tile's rows no longer fit the registers
-        raise ValueError(f"triton: expected a module width D of 1..{MAX_WIDTH}, got {width}")
+    check_precision(precision)
+    if not 1 <= width <= MAX_TRITON_WIDTH:
+        raise ValueError(f"triton: expected a module width D of 1..{MAX_TRITON_WIDTH}, got {width}")
     narrow, wide = SETTINGS[kernel, precision]
     return narrow if width <= 128 else wide
 

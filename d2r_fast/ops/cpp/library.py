@@ -59,6 +59,7 @@ def state() -> str:
     return f"ready ({instruction_sets()[0]})" if library is not None else why
 
 
+@lru_cache(maxsize=1)  # asked at every call of an operation
 def has_bf16_products() -> bool:
     """Whether float32 tensors can be multiplied as bf16 here."""
     return "avx512bf16" in instruction_sets()
