@@ -48,7 +48,8 @@ class Learner:
                 self._graph.replay()
             else:
                 self._update()
-                self._until_capture -= self._until_capture > 0
+                if self._until_capture > 0:
+                    self._until_capture -= 1
             self._summed += 1
             self.updates += 1
 
@@ -112,6 +113,8 @@ class Learner:
 
     def load_state_dict(self, state: dict) -> None:
         self.optimiser.load_state_dict(state["optimiser"])  # with moments at other addresses than a captured update's
+        for group in self.optimiser.param_groups:
+            group["capturable"] = self.agent.log_alpha.is_cuda  # not that of the device it was saved on
         if self._graph is not None:
             self._graph, self._until_capture = None, EAGER_BEFORE_CAPTURE
         restore_generator(self.generator, state["generator"])

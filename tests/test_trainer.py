@@ -392,3 +392,13 @@ def test_the_memory_of_worker_processes_is_logged_beside_the_own():
         worker.stdout.readline()
         assert progress.times()["workers_rss_mib"] > before["workers_rss_mib"]
         worker.communicate(b"\n")
+
+
+def test_a_state_saved_on_a_gpu_makes_the_optimiser_no_gpu_optimiser(tmp_path):
+    trainer = Trainer(CFG, tmp_path / "run", show_progress=False)
+    state = trainer.learner.state_dict()
+    for group in state["optimiser"]["param_groups"]:
+        group["capturable"] = True
+    trainer.learner.load_state_dict(state)
+    assert [group["capturable"] for group in trainer.learner.optimiser.param_groups] == [False] * 3
+    trainer.close()
