@@ -37,18 +37,31 @@ inline void check_numel(const char* name, const Tensor& tensor, int64_t expected
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
-inline void check_sizes(const Sizes& s) {
-  STD_TORCH_CHECK(s.n_modules >= 1 && s.n_modules <= kMaxModules, "N: expected 1..", kMaxModules, " modules, got ", s.n_modules);
-  STD_TORCH_CHECK(s.width <= kMaxWidth, "D: expected at most ", kMaxWidth, ", got ", s.width);
-  STD_TORCH_CHECK(s.n_kept >= 1 && s.n_kept <= s.n_modules, "K: expected 1..N=", s.n_modules, ", got ", s.n_kept);
+inline void check_width(const char* name, int64_t width) {
+  STD_TORCH_CHECK(width <= kMaxWidth, name, ": expected a width of at most ", kMaxWidth, ", got ", width);
+}
+
+inline void check_routes(int64_t n_modules, int64_t n_kept) {
+  STD_TORCH_CHECK(n_modules >= 1 && n_modules <= kMaxModules, "N: expected 1..", kMaxModules, " modules, got ", n_modules);
+  STD_TORCH_CHECK(n_kept >= 1 && n_kept <= n_modules, "K: expected 1..N=", n_modules, ", got ", n_kept);
+}
+
+// A tensor of another dtype would be read past its end.
+template <typename T>
+void check_dtype(const Tensor& tensor) {
+  constexpr ScalarType expected = torch::headeronly::CppTypeToScalarType<T>::value;
+  STD_TORCH_CHECK(tensor.scalar_type() == expected, "expected a tensor of ", torch::headeronly::toString(expected), ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
 }
 
 template <typename T>
 T* data(const Tensor& tensor) {
+  check_dtype<T>(tensor);
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 template <typename T>
 const T* const_data(const Tensor& tensor) {
+  check_dtype<T>(tensor);
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 

@@ -1,7 +1,5 @@
 // Compiled once for every instruction set; D2R_ISA names it.
-#include "linear_cpu.h"
-#include "routed_modules_cpu.h"
-#include "select_routes_cpu.h"
+#include "network_cpu.h"
 
 namespace d2r_fast::D2R_ISA {
 
@@ -15,6 +13,8 @@ constexpr Kernels<T> kKernels = {
     &linear_backward<T, Products>,
     &select_routes<T>,
     &select_routes_backward<T>,
+    &network_forward<T, Products>,
+    &network_backward<T, Products>,
 };
 
 const KernelSet& kernel_set() {

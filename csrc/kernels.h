@@ -44,46 +44,67 @@ struct BackwardArgs {
   T* d_gate;               // [E,B,N,K]
 };
 
+struct RouteSizes {
+  int64_t n_modules;  // N
+  int64_t n_kept;     // K
+};
+
+// Rows of one network, one after another.
 template <typename T>
 struct RouteArgs {
-  Sizes size;               // width and residual unused
-  const T* logits;          // [E,B,R]
-  const T* temperature;     // [B], null: greedy
-  const T* noise;           // [E,B,R], null with temperature
-  const int32_t* given;     // [E,B,N,K] or null
+  RouteSizes size;
+  const T* logits;          // [n,R]
+  const T* temperature;     // [n], null: greedy
+  const T* noise;           // [n,R], null with temperature
+  const int32_t* given;     // [n,N,K] or null
   bool resrouting;
-  int32_t* index;           // [E,B,N,K]
+  int32_t* index;           // [n,N,K]
   T* gate;
   bool* flow;
-  int32_t* active;          // [E,B]
+  int32_t* active;          // [n]
 };
 
-struct LinearSizes {
-  int64_t n_nets;  // E
-  int64_t n_rows;  // B
+// One linear layer of one network, y = x W^T + b.
+template <typename T>
+struct Layer {
   int64_t n_in, n_out;
-  bool relu;
+  bool relu;                // y = max(0, x W^T + b)
+  const std::byte* panels;  // the packed weight, for the direction that the layer is used in
+  const T* bias;            // [out]; forward only
+};
+
+// A network's layers in the order of its parameters (d2r_fast/ops/routed_network.py); the routing network's come last. Task
+// and modules are no plain layers: their entries among the layers stay empty.
+enum NetworkLayer : int64_t { kBase0, kBase1, kTask, kModule0, kModules, kHead, kRoute };
+
+// What a forward and a backward pass of whole networks both read.
+template <typename T>
+struct NetworkArgs {
+  int64_t n_tasks, n_layers;
+  const Layer<T>* layers;  // [E][n_layers]
+  const T* task_rows;      // [E,T+1,H] what scales the base's output, by task; the last row for any other number
+  const T* x;              // [B,in]
+  const int64_t* task;     // [B]
 };
 
 template <typename T>
-struct LinearArgs {
-  LinearSizes size;
-  const T* x;               // [E,B,in], networks x_net apart: 0 where all read the same rows
-  int64_t x_net;
-  const std::byte* panels;  // [E] packed weights
-  const T* bias;            // [E,out]
-  T* y;                     // [E,B,out]
+struct NetworkForwardArgs {
+  NetworkArgs<T> network;
+  RouteArgs<T> routes;     // of row 0 of network 0; logits unused
+  ForwardArgs<T> modules;  // h0 and mixed unused
+  T* activations;          // what backward needs of the layers: see network_cpu.h; null with modules.h: no backward follows
+  T* out;                  // [E,B,out]
 };
 
 template <typename T>
-struct LinearBackwardArgs {
-  LinearSizes size;
-  const T* d_y;             // [E,B,out]
-  const T* x;
-  int64_t x_net;
-  const T* y;               // forward's output; read with ReLU only
-  const std::byte* panels;  // packed for backward; null with d_x
-  T* d_x;                   // [E,B,in] or null: not wanted
+struct NetworkBackwardArgs {
+  NetworkArgs<T> network;
+  BackwardArgs<T> modules;  // d_mixed is scratch, too
+  const T* activations;
+  const T* d_out;           // [E,B,out]
+  const T* to_gate;         // [E,B,N,K] gradient that reaches the gates from outside, or null
+  T* d_mixed;               // [E,B,D] scratch
+  T* d_x;                   // [E,B,in], or null: not wanted
 };
 
 template <typename T>
@@ -95,13 +116,21 @@ struct Kernels {
   void (*forward)(const ForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);
   // The same; adds to d_weight [N-1,D,D] and d_bias [N-1,D], which are one caller's own; null: not wanted.
   void (*backward)(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* d_weight, T* d_bias);
-  void (*linear_forward)(const LinearArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);
-  void (*linear_backward)(const LinearBackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* d_weight,
+  // A block of rows, one after another: x [n,in], y [n,out].
+  void (*linear_forward)(const Layer<T>& layer, int64_t n_rows, const T* x, T* y);
+  // The same; adds to d_weight [out,in] and d_bias [out]. y is read with ReLU only. d_x, or d_weight with d_bias, may be
+  // null: not wanted.
+  void (*linear_backward)(const Layer<T>& layer, int64_t n_rows, const T* d_y, const T* x, const T* y, T* d_x, T* d_weight,
                           T* d_bias);
-  // Rows first..first+n_rows of the E*B rows.
-  void (*select_routes)(const RouteArgs<T>& args, int64_t first, int64_t n_rows);
-  void (*select_routes_backward)(const Sizes& size, const T* d_gate, const int32_t* index, const T* gate, T* d_logits,
-                                 int64_t first, int64_t n_rows);
+  // The first n_rows rows of what args point at.
+  void (*select_routes)(const RouteArgs<T>& args, int64_t n_rows);
+  // d_logits [n,R] from d_gate, index and gate [n,N,K].
+  void (*select_routes_backward)(const RouteSizes& size, const T* d_gate, const int32_t* index, const T* gate, T* d_logits,
+                                 int64_t n_rows);
+  // Rows first..first+n_rows of one network through all of its layers.
+  void (*network_forward)(const NetworkForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);
+  // The same; adds to sums[2 l] the gradient of layer l's weight, to sums[2 l + 1] its bias's; all null: not wanted.
+  void (*network_backward)(const NetworkBackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* const* sums);
 };
 
 struct KernelSet {

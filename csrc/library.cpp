@@ -49,6 +49,12 @@ STABLE_TORCH_LIBRARY(d2r_fast_cpu, m) {
   m.def("select_routes(Tensor logits, Tensor temperature, Tensor noise, Tensor given, bool resrouting, Tensor(a!) index, "
         "Tensor(b!) gate, Tensor(c!) flow, Tensor(d!) active) -> ()");
   m.def("select_routes_backward(Tensor d_gate, Tensor index, Tensor gate, Tensor(a!) d_logits) -> ()");
+  m.def("network(Tensor x, Tensor task, Tensor[] parameters, Tensor temperature, Tensor noise, Tensor given, bool residual, "
+        "bool resrouting, bool bf16, Tensor(a!) out, Tensor(b!) index, Tensor(c!) gate, Tensor(d!) flow, Tensor(e!) active, "
+        "Tensor(f!) activations, Tensor(g!) h, Tensor(h!) opened) -> ()");
+  m.def("network_backward(Tensor d_out, Tensor to_gate, Tensor x, Tensor task, Tensor[] parameters, Tensor index, Tensor gate, "
+        "Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened, bool residual, bool bf16, Tensor(a!) d_x, "
+        "Tensor(b!)[] d_parameters) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d2r_fast_cpu, CPU, m) {
@@ -58,6 +64,8 @@ STABLE_TORCH_LIBRARY_IMPL(d2r_fast_cpu, CPU, m) {
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("select_routes", TORCH_BOX(&select_routes));
   m.impl("select_routes_backward", TORCH_BOX(&select_routes_backward));
+  m.impl("network", TORCH_BOX(&network));
+  m.impl("network_backward", TORCH_BOX(&network_backward));
 }
 
 }  // namespace

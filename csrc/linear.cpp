@@ -5,12 +5,18 @@
 namespace d2r_fast {
 namespace {
 
+struct LinearSizes {
+  int64_t n_nets, n_rows, n_in, n_out;
+  int64_t x_net;  // from one network's rows of x to the next's; 0 where all read the same
+};
+
 // x is [E,B,in], or [B,in] for all networks alike.
-LinearSizes linear_sizes(const Tensor& x, const Tensor& weight, bool relu) {
+LinearSizes linear_sizes(const Tensor& x, const Tensor& weight) {
   const bool shared = x.dim() == 2;
-  const LinearSizes s{weight.size(0), x.size(shared ? 0 : 1), weight.size(2), weight.size(1), relu};
-  STD_TORCH_CHECK(s.n_in <= kMaxWidth && s.n_out <= kMaxWidth, "linear: expected widths of at most ", kMaxWidth, ", got ",
-                  s.n_in, " and ", s.n_out);
+  LinearSizes s{weight.size(0), x.size(shared ? 0 : 1), weight.size(2), weight.size(1), 0};
+  if (!shared) s.x_net = s.n_rows * s.n_in;
+  check_width("in", s.n_in);
+  check_width("out", s.n_out);
   check_numel("x", x, (shared ? 1 : s.n_nets) * s.n_rows * s.n_in);
   check_numel("weight", weight, s.n_nets * s.n_out * s.n_in);
   return s;
@@ -19,24 +25,25 @@ LinearSizes linear_sizes(const Tensor& x, const Tensor& weight, bool relu) {
 }  // namespace
 
 void linear(Tensor x, Tensor weight, Tensor bias, bool relu, bool bf16, Tensor y) {
-  const LinearSizes s = linear_sizes(x, weight, relu);
+  const LinearSizes s = linear_sizes(x, weight);
   check_numel("bias", bias, s.n_nets * s.n_out);
   check_numel("y", y, s.n_nets * s.n_rows * s.n_out);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(bf16);
     const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets, s.n_out, s.n_in, false);
-    const LinearArgs<T> args{s, const_data<T>(x), x.dim() == 2 ? 0 : s.n_rows * s.n_in, panels.get(), const_data<T>(bias),
-                             data<T>(y)};
     for_each_row_block(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
-      kernel.linear_forward(args, net, first, n_rows);
+      const Layer<T> layer{s.n_in, s.n_out, relu, panels.get() + net * kernel.packed_bytes(s.n_in, s.n_out),
+                           const_data<T>(bias) + net * s.n_out};
+      kernel.linear_forward(layer, n_rows, const_data<T>(x) + net * s.x_net + first * s.n_in,
+                            data<T>(y) + (net * s.n_rows + first) * s.n_out);
     });
   });
 }
 
 void linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, bool bf16, Tensor d_x, Tensor d_weight,
                      Tensor d_bias) {
-  const LinearSizes s = linear_sizes(x, weight, relu);
+  const LinearSizes s = linear_sizes(x, weight);
   const bool to_x = d_x.numel() > 0, to_weight = d_weight.numel() > 0;
   check_numel("d_y", d_y, s.n_nets * s.n_rows * s.n_out);
   if (relu) check_numel("y", y, s.n_nets * s.n_rows * s.n_out);
@@ -48,23 +55,17 @@ void linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, b
     const Kernels<T>& kernel = kernels<T>(bf16);
     std::unique_ptr<std::byte[]> panels;
     if (to_x) panels = pack_weights(kernel, const_data<T>(weight), s.n_nets, s.n_out, s.n_in, true);
-    const LinearBackwardArgs<T> args{s,
-                                     const_data<T>(d_y),
-                                     const_data<T>(x),
-                                     x.dim() == 2 ? 0 : s.n_rows * s.n_in,
-                                     relu ? const_data<T>(y) : nullptr,
-                                     panels.get(),
-                                     to_x ? data<T>(d_x) : nullptr};
-    const GradientSums<T> sums{to_weight ? data<T>(d_weight) : nullptr, s.n_out * s.n_in,
-                               to_weight ? data<T>(d_bias) : nullptr, s.n_out};
-    if (to_weight && s.n_rows == 0) {
-      std::fill_n(sums.weight, s.n_nets * sums.net_weights, T(0));
-      std::fill_n(sums.bias, s.n_nets * sums.net_biases, T(0));
-      return;
-    }
-    sum_over_rows(s.n_nets, s.n_rows, sums, [](int64_t) { return 1; },
-                  [&](int64_t net, int64_t first, int64_t n_rows, T* weight_sum, T* bias_sum) {
-                    kernel.linear_backward(args, net, first, n_rows, weight_sum, bias_sum);
+    const std::vector<Gradient<T>> gradients{{to_weight ? data<T>(d_weight) : nullptr, s.n_out * s.n_in},
+                                             {to_weight ? data<T>(d_bias) : nullptr, s.n_out}};
+    sum_over_rows(s.n_nets, s.n_rows, gradients, [](int64_t) { return 1; },
+                  [&](int64_t net, int64_t first, int64_t n_rows, T* const* sums) {
+                    const int64_t row = net * s.n_rows + first;
+                    const std::byte* own_panels = to_x ? panels.get() + net * kernel.packed_bytes(s.n_out, s.n_in) : nullptr;
+                    const Layer<T> layer{s.n_in, s.n_out, relu, own_panels, nullptr};
+                    kernel.linear_backward(layer, n_rows, const_data<T>(d_y) + row * s.n_out,
+                                           const_data<T>(x) + net * s.x_net + first * s.n_in,
+                                           relu ? const_data<T>(y) + row * s.n_out : nullptr,
+                                           to_x ? data<T>(d_x) + row * s.n_in : nullptr, sums[0], sums[1]);
                   });
   });
 }

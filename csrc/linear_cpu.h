@@ -1,43 +1,42 @@
-// One linear layer of every network, with its bias and its ReLU: y = act(x W^T + b), forward and backward over a block of
-// rows. A library's product would leave bias, ReLU and both of their gradients to passes of their own over memory.
+// One linear layer with its bias and its ReLU, y = act(x W^T + b), forward and backward over a block of rows. A library's
+// product would leave bias, ReLU and both of their gradients to passes of their own over memory.
 #pragma once
 #include "workspace.h"
 
 namespace d2r_fast::D2R_ISA {
 
 template <typename T, typename Products>
-void linear_forward(const LinearArgs<T>& args, int64_t net, int64_t first, int64_t n_rows) {
-  const auto [n_nets, n_all, n_in, n_out, relu] = args.size;
+void linear_forward(const Layer<T>& layer, int64_t n_rows, const T* x, T* y) {
+  const auto [n_in, n_out, relu, panels, layer_bias] = layer;
   const int64_t tile = kTileRows * kTileStride<T>, padded = round_up(n_out, kPanel<T>);
   Workspace& workspace = Workspace::of_this_thread();
   workspace.reserve(sizeof(T) * (2 * tile + padded) + 1024);
-  T* x = workspace.take<T>(tile);
+  T* x_tile = workspace.take<T>(tile);
   T* z = workspace.take<T>(tile);
   T* bias = workspace.take<T>(padded);
-  std::copy_n(args.bias + net * n_out, n_out, bias);
+  std::copy_n(layer_bias, n_out, bias);
   std::fill(bias + n_out, bias + padded, T(0));
-  const std::byte* panels = args.panels + net * Products::packed_bytes(n_in, n_out);
-  for (int64_t begin = first; begin < first + n_rows; begin += kTileRows) {
-    const int64_t in_tile = std::min<int64_t>(kTileRows, first + n_rows - begin);
-    for (int64_t r = 0; r < in_tile; ++r)
-      std::copy_n(args.x + net * args.x_net + (begin + r) * n_in, n_in, x + r * kTileStride<T>);
-    Products::multiply(in_tile, x, panels, n_in, n_out, bias, z);
+  for (int64_t begin = 0; begin < n_rows; begin += kTileRows) {
+    const int64_t in_tile = std::min<int64_t>(kTileRows, n_rows - begin);
+    for (int64_t r = 0; r < in_tile; ++r) std::copy_n(x + (begin + r) * n_in, n_in, x_tile + r * kTileStride<T>);
+    Products::multiply(in_tile, x_tile, panels, n_in, n_out, bias, z);
     for (int64_t r = 0; r < in_tile; ++r) {
       const T* z_row = z + r * kTileStride<T>;
-      T* y = args.y + (net * n_all + begin + r) * n_out;
+      T* y_row = y + (begin + r) * n_out;
       if (!relu) {
-        std::copy_n(z_row, n_out, y);
+        std::copy_n(z_row, n_out, y_row);
         continue;
       }
 #pragma omp simd
-      for (int64_t j = 0; j < n_out; ++j) y[j] = z_row[j] < 0 ? T(0) : z_row[j];  // a NaN stays one
+      for (int64_t j = 0; j < n_out; ++j) y_row[j] = z_row[j] < 0 ? T(0) : z_row[j];  // a NaN stays one
     }
   }
 }
 
 template <typename T, typename Products>
-void linear_backward(const LinearBackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* d_weight, T* d_bias) {
-  const auto [n_nets, n_all, n_in, n_out, relu] = args.size;
+void linear_backward(const Layer<T>& layer, int64_t n_rows, const T* d_y, const T* x, const T* y, T* d_x, T* d_weight,
+                     T* d_bias) {
+  const int64_t n_in = layer.n_in, n_out = layer.n_out;
   const int64_t tile = kTileRows * kTileStride<T>, in_stride = row_stride<T>(n_in), out_stride = row_stride<T>(n_out);
   const int64_t scratch_size = Products::scratch(n_rows, in_stride + out_stride);
   Workspace& workspace = Workspace::of_this_thread();
@@ -49,14 +48,13 @@ void linear_backward(const LinearBackwardArgs<T>& args, int64_t net, int64_t fir
   T* scratch = workspace.take<T>(scratch_size);
 
   for (int64_t row = 0; row < n_rows; ++row) {
-    const int64_t at = (net * n_all + first + row) * n_out;
     T* dz = dz_rows + row * out_stride;
-    std::copy_n(args.d_y + at, n_out, dz);
-    if (relu) {
-      const T* y = args.y + at;
+    std::copy_n(d_y + row * n_out, n_out, dz);
+    if (layer.relu) {
+      const T* y_row = y + row * n_out;
       // Multiplied, not chosen: compilers turn the choice into a branch, which half of the elements mispredict.
 #pragma omp simd
-      for (int64_t j = 0; j < n_out; ++j) dz[j] *= static_cast<T>(y[j] > 0);
+      for (int64_t j = 0; j < n_out; ++j) dz[j] *= static_cast<T>(y_row[j] > 0);
     }
   }
   if (d_weight) {
@@ -64,18 +62,16 @@ void linear_backward(const LinearBackwardArgs<T>& args, int64_t net, int64_t fir
       const T* dz = dz_rows + row * out_stride;
 #pragma omp simd
       for (int64_t j = 0; j < n_out; ++j) d_bias[j] += dz[j];
-      std::copy_n(args.x + net * args.x_net + (first + row) * n_in, n_in, x_rows + row * in_stride);
+      std::copy_n(x + row * n_in, n_in, x_rows + row * in_stride);
     }
     Products::add_outer(n_rows, {dz_rows, out_stride, n_out}, {x_rows, in_stride, n_in}, d_weight, scratch);
   }
-  if (!args.d_x) return;
-  const std::byte* panels = args.panels + net * Products::packed_bytes(n_out, n_in);
+  if (!d_x) return;
   for (int64_t begin = 0; begin < n_rows; begin += kTileRows) {
     const int64_t in_tile = std::min<int64_t>(kTileRows, n_rows - begin);
     for (int64_t r = 0; r < in_tile; ++r) std::copy_n(dz_rows + (begin + r) * out_stride, n_out, dz_tile + r * kTileStride<T>);
-    Products::multiply(in_tile, dz_tile, panels, n_out, n_in, nullptr, dx_tile);
-    for (int64_t r = 0; r < in_tile; ++r)
-      std::copy_n(dx_tile + r * kTileStride<T>, n_in, args.d_x + (net * n_all + first + begin + r) * n_in);
+    Products::multiply(in_tile, dz_tile, layer.panels, n_out, n_in, nullptr, dx_tile);
+    for (int64_t r = 0; r < in_tile; ++r) std::copy_n(dx_tile + r * kTileStride<T>, n_in, d_x + (begin + r) * n_in);
   }
 }
 

@@ -1,6 +1,8 @@
 // The operations of namespace d2r_fast_cpu. Outputs are allocated by the caller (d2r_fast/ops/cpp), which has checked
 // shapes; what is checked again here is what would read or write out of bounds. An empty tensor stands for "not wanted".
 #pragma once
+#include <vector>
+
 #include "host.h"
 
 namespace d2r_fast {
@@ -15,5 +17,11 @@ void linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, b
 void select_routes(Tensor logits, Tensor temperature, Tensor noise, Tensor given, bool resrouting, Tensor index, Tensor gate,
                    Tensor flow, Tensor active);
 void select_routes_backward(Tensor d_gate, Tensor index, Tensor gate, Tensor d_logits);
+void network(Tensor x, Tensor task, std::vector<Tensor> parameters, Tensor temperature, Tensor noise, Tensor given,
+             bool residual, bool resrouting, bool bf16, Tensor out, Tensor index, Tensor gate, Tensor flow, Tensor active,
+             Tensor activations, Tensor h, Tensor opened);
+void network_backward(Tensor d_out, Tensor to_gate, Tensor x, Tensor task, std::vector<Tensor> parameters, Tensor index,
+                      Tensor gate, Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened, bool residual,
+                      bool bf16, Tensor d_x, std::vector<Tensor> d_parameters);
 
 }  // namespace d2r_fast

@@ -34,13 +34,30 @@ std::unique_ptr<std::byte[]> pack_weights(const Kernels<T>& kernel, const T* wei
   return panels;
 }
 
+// Calls body(first, n_rows) for the fewest blocks that split `n_rows` evenly: one short block at the end would leave the
+// other threads waiting for whoever got a long one.
+template <typename Body>
+void for_each_even_block(int64_t n_rows, int64_t n_blocks, const Body& body) {
+  for (int64_t block = 0; block < n_blocks; ++block) {
+    const int64_t first = block * n_rows / n_blocks;
+    body(first, (block + 1) * n_rows / n_blocks - first);
+  }
+}
+
+inline int64_t blocks_of(int64_t n_rows) { return (n_rows + kBlockRows - 1) / kBlockRows; }
+
 // Calls body(net, first, n_rows) for blocks of rows of every network.
 template <typename Body>
 void for_each_row_block(int64_t n_nets, int64_t n_rows, const Body& body) {
-  const int64_t per_net = (n_rows + kBlockRows - 1) / kBlockRows;
+  if (n_nets == 0) return;
+  // As many blocks for each thread, unless there are so many that the last ones hardly matter.
+  const int64_t n_threads = torch::stable::get_num_threads();
+  int64_t per_net = blocks_of(n_rows);
+  if (n_nets * per_net < 8 * n_threads)
+    while (n_nets * per_net % n_threads && per_net < n_rows) ++per_net;
   for_each_block(n_nets * per_net, [&](int64_t block) {
-    const int64_t first = block % per_net * kBlockRows;
-    body(block / per_net, first, std::min(kBlockRows, n_rows - first));
+    const int64_t at = block % per_net, first = at * n_rows / per_net;
+    body(block / per_net, first, (at + 1) * n_rows / per_net - first);
   });
 }
 
@@ -69,49 +86,60 @@ std::vector<Segment> split_rows(int64_t n_nets, int64_t n_rows, int64_t n_thread
   return segments;
 }
 
-// Where the gradients of weights and biases are summed; weight null: not wanted.
+// A parameter's gradient [E, per_net], a sum over rows; null: not wanted.
 template <typename T>
-struct GradientSums {
-  T* weight;
-  int64_t net_weights;  // a network's
-  T* bias;
-  int64_t net_biases;
+struct Gradient {
+  T* sum;
+  int64_t per_net;
 };
 
-// Calls body(net, first, n_rows, weight_sum, bias_sum) for blocks of rows; a thread's blocks add to sums of its own, which
-// are then added up in a fixed order.
+// Calls body(net, first, n_rows, sums) for blocks of rows; sums[i] is where the block adds to gradient i of its network, or
+// null. A thread's blocks add to sums of its own, which are then added up in a fixed order.
 template <typename T, typename Cost, typename Body>
-void sum_over_rows(int64_t n_nets, int64_t n_rows, const GradientSums<T>& sums, const Cost& cost, const Body& body) {
+void sum_over_rows(int64_t n_nets, int64_t n_rows, const std::vector<Gradient<T>>& gradients, const Cost& cost,
+                   const Body& body) {
+  int64_t part = 0;  // numbers in one network's sums
+  for (const Gradient<T>& gradient : gradients) part += gradient.sum ? gradient.per_net : 0;
+  if (n_rows == 0)
+    for (const Gradient<T>& gradient : gradients)
+      if (gradient.sum) std::fill_n(gradient.sum, n_nets * gradient.per_net, T(0));
   // A thread with fewer rows than a block would spend its time on its own copy of the sums.
   const int64_t n_threads =
       std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, n_nets * n_rows / kBlockRows));
   const std::vector<Segment> segments = split_rows(n_nets, n_rows, n_threads, cost);
-  const int64_t part = sums.net_weights + sums.net_biases, n_parts = static_cast<int64_t>(segments.size()) - n_nets;
-  auto partial = std::make_unique_for_overwrite<T[]>(sums.weight ? n_parts * part : 0);
+  const int64_t n_parts = part && !segments.empty() ? static_cast<int64_t>(segments.size()) - n_nets : 0;
+  auto partial = std::make_unique_for_overwrite<T[]>(n_parts * part);
   torch::stable::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T*> sums(gradients.size());
     for (const Segment& segment : segments) {
       if (segment.thread < begin || segment.thread >= end) continue;
-      T *weight_sum = nullptr, *bias_sum = nullptr;
-      if (sums.weight) {
-        T* of_part = partial.get() + (segment.part - 1) * part;
-        weight_sum = segment.part ? of_part : sums.weight + segment.net * sums.net_weights;
-        bias_sum = segment.part ? of_part + sums.net_weights : sums.bias + segment.net * sums.net_biases;
-        std::fill_n(weight_sum, sums.net_weights, T(0));
-        std::fill_n(bias_sum, sums.net_biases, T(0));
+      T* own = partial.get() + (segment.part - 1) * part;
+      for (size_t i = 0; i < gradients.size(); ++i) {
+        const auto [sum, per_net] = gradients[i];
+        sums[i] = !sum || segment.part == 0 ? sum : own;
+        if (!sum) continue;
+        if (segment.part == 0)
+          sums[i] += segment.net * per_net;
+        else
+          own += per_net;
+        std::fill_n(sums[i], per_net, T(0));
       }
-      for (int64_t row = 0; row < segment.n_rows; row += kBlockRows)
-        body(segment.net, segment.first + row, std::min(kBlockRows, segment.n_rows - row), weight_sum, bias_sum);
+      for_each_even_block(segment.n_rows, blocks_of(segment.n_rows), [&](int64_t first, int64_t in_block) {
+        body(segment.net, segment.first + first, in_block, sums.data());
+      });
     }
   });
-  if (!sums.weight || n_parts == 0) return;
-  torch::stable::parallel_for(0, part, 1 << 14, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, n_parts ? part : 0, 1 << 14, [&](int64_t begin, int64_t end) {
     for (const Segment& segment : segments) {
       if (segment.part == 0) continue;
-      const T* from = partial.get() + (segment.part - 1) * part;
-      T* weight_sum = sums.weight + segment.net * sums.net_weights;
-      T* bias_sum = sums.bias + segment.net * sums.net_biases - sums.net_weights;
-      for (int64_t j = begin; j < std::min(end, sums.net_weights); ++j) weight_sum[j] += from[j];
-      for (int64_t j = std::max(begin, sums.net_weights); j < end; ++j) bias_sum[j] += from[j];
+      const T* own = partial.get() + (segment.part - 1) * part;
+      int64_t at = 0;  // where gradient i begins in a part
+      for (const auto& [sum, per_net] : gradients) {
+        if (!sum) continue;
+        T* to = sum + segment.net * per_net - at;
+        for (int64_t j = std::max(begin, at); j < std::min(end, at + per_net); ++j) to[j] += own[j];
+        at += per_net;
+      }
     }
   });
 }

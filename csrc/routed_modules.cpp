@@ -24,7 +24,8 @@ void prefer_large_pages(const Tensor& tensor, size_t element) {
 
 Sizes sizes_of(const Tensor& h0, const Tensor& index, bool residual) {
   const Sizes s{h0.size(0), h0.size(1), index.size(2), index.size(3), h0.size(2), residual};
-  check_sizes(s);
+  check_routes(s.n_modules, s.n_kept);
+  check_width("D", s.width);
   return s;
 }
 
@@ -91,11 +92,6 @@ void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor
   }
   with_dtype(d_mixed, [&](auto zero) {
     using T = decltype(zero);
-    if (to_weight && rows == 0) {
-      std::fill_n(data<T>(d_weight), weights, T(0));
-      std::fill_n(data<T>(d_bias), biases, T(0));
-    }
-    if (rows == 0) return;
     const Kernels<T>& kernel = kernels<T>(bf16);
     const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets * (s.n_modules - 1), s.width, s.width, true);
     const BackwardArgs<T> args{s,
@@ -109,13 +105,12 @@ void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor
                                const_data<bool>(opened),
                                data<T>(d_h0),
                                data<T>(d_gate)};
-    const GradientSums<T> sums{to_weight ? data<T>(d_weight) : nullptr, weights / s.n_nets,
-                               to_weight ? data<T>(d_bias) : nullptr, biases / s.n_nets};
+    const std::vector<Gradient<T>> gradients{{to_weight ? data<T>(d_weight) : nullptr, weights / s.n_nets},
+                                             {to_weight ? data<T>(d_bias) : nullptr, biases / s.n_nets}};
     const auto cost = [&](int64_t row) { return std::popcount(static_cast<uint32_t>(args.active[row])); };
-    sum_over_rows(s.n_nets, s.n_rows, sums, cost,
-                  [&](int64_t net, int64_t first, int64_t n_rows, T* weight_sum, T* bias_sum) {
-                    kernel.backward(args, net, first, n_rows, weight_sum, bias_sum);
-                  });
+    sum_over_rows(s.n_nets, s.n_rows, gradients, cost, [&](int64_t net, int64_t first, int64_t n_rows, T* const* sums) {
+      kernel.backward(args, net, first, n_rows, sums[0], sums[1]);
+    });
   });
 }
 

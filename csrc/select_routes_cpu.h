@@ -31,16 +31,16 @@ inline Vector<float> exp_of_non_positive(Vector<float> x) {
 }
 
 template <typename T>
-void select_routes(const RouteArgs<T>& args, int64_t first, int64_t n_rows) {
+void select_routes(const RouteArgs<T>& args, int64_t n_rows) {
   using V = Vector<T>;
   constexpr int kGroup = kLanes<T>;
-  const int64_t n_all = args.size.n_rows, n_modules = args.size.n_modules, n_kept = args.size.n_kept;
+  const auto [n_modules, n_kept] = args.size;
   const int64_t n_logits = n_modules * (n_modules + 1) / 2;
   V logits[kMaxModules * (kMaxModules + 1) / 2], scores[kMaxModules * (kMaxModules + 1) / 2];
 
-  for (int64_t begin = first; begin < first + n_rows; begin += kGroup) {
+  for (int64_t begin = 0; begin < n_rows; begin += kGroup) {
     // A group past the end repeats its last row; only rows inside are written.
-    const int64_t inside = std::min<int64_t>(kGroup, first + n_rows - begin);
+    const int64_t inside = std::min<int64_t>(kGroup, n_rows - begin);
     for (int lane = 0; lane < kGroup; ++lane) {
       const int64_t row = begin + std::min<int64_t>(lane, inside - 1);
       const T* from = args.logits + row * n_logits;
@@ -48,7 +48,7 @@ void select_routes(const RouteArgs<T>& args, int64_t first, int64_t n_rows) {
       if (!args.noise) continue;
       // In the order of logits / tau + noise: no division, so no overflow at a tiny tau.
       const T* noise = args.noise + row * n_logits;
-      const T temperature = args.temperature[row % n_all];
+      const T temperature = args.temperature[row];
       for (int64_t j = 0; j < n_logits; ++j) scores[j][lane] = from[j] + temperature * noise[j];
     }
     const V* ranked = args.noise ? scores : logits;
@@ -121,10 +121,11 @@ void select_routes(const RouteArgs<T>& args, int64_t first, int64_t n_rows) {
 
 // Softmax over the kept sources; every other logit gets zero.
 template <typename T>
-void select_routes_backward(const Sizes& size, const T* d_gate, const int32_t* index, const T* gate, T* d_logits, int64_t first,
+void select_routes_backward(const RouteSizes& size, const T* d_gate, const int32_t* index, const T* gate, T* d_logits,
                             int64_t n_rows) {
-  const int64_t n_modules = size.n_modules, n_kept = size.n_kept, n_logits = n_modules * (n_modules + 1) / 2;
-  for (int64_t row = first; row < first + n_rows; ++row) {
+  const auto [n_modules, n_kept] = size;
+  const int64_t n_logits = n_modules * (n_modules + 1) / 2;
+  for (int64_t row = 0; row < n_rows; ++row) {
     T* to = d_logits + row * n_logits;
     std::fill_n(to, n_logits, T(0));
     for (int64_t i = 1; i <= n_modules; to += i++) {

@@ -22,6 +22,9 @@ class Workspace {
     bytes_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t(64))));
     size_ = bytes;
   }
+  // One for a kernel, and one for a kernel that calls others: they would take each other's memory.
+  enum class Owner { kKernel, kCaller };
+  template <Owner owner = Owner::kKernel>
   static Workspace& of_this_thread() {
     thread_local Workspace workspace;
     return workspace;

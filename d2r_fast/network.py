@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from d2r_fast.config import NetConfig
-from d2r_fast.ops import Routes, ensemble_linear, routed_modules, select_routes
+from d2r_fast.ops import Routes, ensemble_linear, routed_modules, routed_network, select_routes
+from d2r_fast.ops.backends import choose_backend
+from d2r_fast.ops.ensemble_linear import FEWEST_ROWS
 from d2r_fast.ops.select_routes import RouteMode
 
 
@@ -101,23 +103,50 @@ class RoutedNetwork(nn.Module):
         """x [B,n_in] float, task [B] integer in [0,T) -> out [E,B,n_out], routes.
 
         ResRouting's gradient mask applies in training mode only. An out-of-range task adds nothing to `task`'s bias.
-        ValueError: x or task has another shape, or `choice` does not fit the rows.
+        On the CPU all layers run as one operation, unless a layer has hooks.
+        ValueError: x or task has another shape or dtype, or `choice` does not fit the rows.
         """
         if x.dim() != 2 or x.shape[1] != self.n_in:
             raise ValueError(f"x: expected [B,{self.n_in}], got {list(x.shape)}")
         if task.shape != x.shape[:1]:
             raise ValueError(f"task: expected [B={x.shape[0]}], got {list(task.shape)}")
+        if x.dtype != self.module_weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x: expected {self.module_weight.dtype} like the parameters, got {x.dtype}")
+        cfg = self.cfg
+        masked = cfg.resrouting and self.training
+        if self._runs_as_one(x):
+            return routed_network(
+                x, task, self._in_order(), cfg.top_k, *choice, cfg.residual, resrouting=masked, precision=cfg.precision
+            )
         onehot = (task[:, None] == torch.arange(self.n_tasks, device=task.device)).to(x.dtype)  # [B,T]
         f = self.base[1](self.base[0](x, relu=True))  # [E,B,H]
         logits = f * self.task(onehot)  # [E,B,H]
         for layer in self.route[:-1]:
             logits = layer(logits, relu=True)
         logits = self.route[-1](logits)  # [E,B,R]
-        cfg = self.cfg
-        masked = cfg.resrouting and self.training
         routes = select_routes(logits, cfg.top_k, *choice, resrouting=masked, backend=cfg.backend)
         h0 = self.module0(f.relu(), relu=True)  # [E,B,D]
         mixed = routed_modules(
             h0, self.module_weight, self.module_bias, routes, cfg.residual, cfg.backend, cfg.precision
         )  # [E,B,D]
         return self.head(mixed), routes
+
+    def _runs_as_one(self, x: Tensor) -> bool:
+        """Whether `routed_network` takes all of it: on the CPU, for as many rows as make packing the weights worth it,
+        and where nobody has hooked or replaced a layer, which would then be passed over."""
+        layers = (*self.base, self.task, self.module0, self.head, *self.route)
+        if torch.is_autocast_enabled(x.device.type) or not all(type(v) is EnsembleLinear for v in layers):
+            return False
+        if any(v._forward_hooks or v._forward_pre_hooks or v._backward_hooks or v._backward_pre_hooks for v in layers):
+            return False
+        cfg = self.cfg
+        widest = max(self.n_in, cfg.base_width, cfg.module_width, *cfg.route_widths, self.head.weight.shape[1])
+        few = cfg.backend == "auto" and self.n_nets * len(x) < FEWEST_ROWS
+        return not few and choose_backend(cfg.backend, x, widest) == "cpp"
+
+    def _in_order(self) -> list[Tensor]:
+        """The parameters as `routed_network` takes them."""
+        layers = [(layer.weight, layer.bias) for layer in (*self.base, self.task, self.module0)]
+        layers += [(self.module_weight, self.module_bias), (self.head.weight, self.head.bias)]
+        layers += [(layer.weight, layer.bias) for layer in self.route]
+        return [parameter for layer in layers for parameter in layer]

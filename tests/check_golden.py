@@ -99,10 +99,14 @@ def check_network(v: Vector) -> Iterator[Quantity]:
     given = m["routes"] == "given"
     choice = RouteChoice.given(index_of(v["routes_in"], cfg.n_modules, cfg.top_k)) if given else RouteChoice()
 
+    # The hook shows the logits, and makes the network run layer by layer.
     logits: list[Tensor] = []
     hook = net.route[-1].register_forward_hook(lambda *args: logits.append(args[-1][0]))
     out, routes = net(obs, v["task_index"], choice)
     hook.remove()
+    if cfg.backend in ("auto", "cpp"):
+        yield "out by layer", out[0], v["out"]
+        out, routes = net(obs, v["task_index"], choice)
     yield "out", out[0], v["out"]
     yield "gate_weights", packed_gates(routes, routes.gate), v["gate_weights"]
     kept = (routes.gate > 0).to(v.dtype)

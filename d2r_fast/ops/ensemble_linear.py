@@ -51,6 +51,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[int, int, int]:
         raise ValueError(f"x: expected [E={n_nets},B,{n_in}] or [B,{n_in}], got {list(x.shape)}")
     if bias.shape != (n_nets, n_out):
         raise ValueError(f"bias: expected [E={n_nets},{n_out}], got {list(bias.shape)}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{name}: expected {x.dtype} like x, got {value.dtype}")
     return n_nets, n_out, n_in
 
 

@@ -68,7 +68,9 @@ def select_routes(
     if torch.is_autocast_enabled(logits.device.type):
         with torch.autocast(logits.device.type, enabled=False):
             return select_routes(logits.float(), k, mode, temperature, noise, index, resrouting, backend)
-    n_modules = _check(logits, k, mode, temperature, noise, index)
+    if logits.dim() != 3 or not logits.is_floating_point():
+        raise ValueError(f"logits: expected a float tensor [E,B,R], got {logits.dtype} {list(logits.shape)}")
+    n_modules = check_select_arguments(tuple(logits.shape), logits.device, k, mode, temperature, noise, index)
     chosen = choose_backend(backend, logits)
     if chosen == "reference":
         return Routes(*reference.forward(logits, temperature, noise, index, k, n_modules, resrouting))
@@ -176,13 +178,17 @@ class _Eager(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_differentiate))  # type: ignore[assignment]
 
 
-def _check(
-    logits: Tensor, k: int, mode: str, temperature: Tensor | None, noise: Tensor | None, index: Tensor | None
+def check_select_arguments(
+    logits_shape: tuple[int, ...],
+    device: torch.device,
+    k: int,
+    mode: str,
+    temperature: Tensor | None,
+    noise: Tensor | None,
+    index: Tensor | None,
 ) -> int:
-    """Validate the arguments of `select_routes`; returns N."""
-    if logits.dim() != 3 or not logits.is_floating_point():
-        raise ValueError(f"logits: expected a float tensor [E,B,R], got {logits.dtype} {list(logits.shape)}")
-    n_nets, rows, n_logits = logits.shape
+    """ValueError unless the arguments fit logits [E,B,R] on `device`, as `select_routes` says; returns N."""
+    n_nets, rows, n_logits = logits_shape
     n_modules = modules_for(n_logits)
     if not 1 <= k <= n_modules:
         raise ValueError(f"k: expected 1..N={n_modules} sources a route, got {k}")
@@ -203,8 +209,8 @@ def _check(
             raise ValueError(
                 f"{name}: mode {mode!r} expects shape {shape}, got {None if value is None else list(value.shape)}"
             )
-        if value.device != logits.device:
-            raise ValueError(f"{name}: expected device {logits.device} like logits, got {value.device}")
+        if value.device != device:
+            raise ValueError(f"{name}: expected device {device} like logits, got {value.device}")
         if value.is_floating_point() == (name == "index"):
             kind = "an integer" if name == "index" else "a float"
             raise ValueError(f"{name}: expected {kind} dtype, got {value.dtype}")

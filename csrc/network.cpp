@@ -1,0 +1,239 @@
+// Whole networks on the CPU: host side of network_cpu.h.
+#include <bit>
+#include <string>
+
+#include "operations.h"
+#include "parallel.h"
+
+namespace d2r_fast {
+namespace {
+
+struct NetworkSizes {
+  Sizes modules;
+  int64_t n_in, hidden, n_out, n_tasks, n_logits;
+  int64_t n_layers;  // by NetworkLayer, the routing network's at the end
+};
+
+// The shape of layer l's weight without the networks' axis: how many matrices, and their sizes.
+struct WeightShape {
+  int64_t count, n_out, n_in;
+  int64_t numel() const { return count * n_out * n_in; }
+};
+
+WeightShape weight_shape(const NetworkSizes& s, const std::vector<Tensor>& parameters, int64_t l) {
+  const Sizes& m = s.modules;
+  switch (l) {
+    case kBase0: return {1, s.hidden, s.n_in};
+    case kBase1: return {1, s.hidden, s.hidden};
+    case kTask: return {1, s.hidden, s.n_tasks};
+    case kModule0: return {1, m.width, s.hidden};
+    case kModules: return {m.n_modules - 1, m.width, m.width};
+    case kHead: return {1, s.n_out, m.width};
+    default: break;
+  }
+  const int64_t n_in = l == kRoute ? s.hidden : parameters[2 * (l - 1)].size(1);
+  return {1, l == s.n_layers - 1 ? s.n_logits : parameters[2 * l].size(1), n_in};
+}
+
+NetworkSizes network_sizes(const Tensor& x, const Tensor& task, const std::vector<Tensor>& parameters, const Tensor& index,
+                           bool residual) {
+  const int64_t n_layers = static_cast<int64_t>(parameters.size()) / 2;
+  STD_TORCH_CHECK(n_layers > kRoute, "parameters: expected weight and bias of at least ", kRoute + 1, " layers, got ",
+                  parameters.size(), " tensors");
+  const Tensor &base = parameters[2 * kBase0], &head = parameters[2 * kHead];
+  NetworkSizes s{{base.size(0), x.size(0), index.size(2), index.size(3), head.size(2), residual},
+                 base.size(2), base.size(1), head.size(1), parameters[2 * kTask].size(2), 0, n_layers};
+  const Sizes& m = s.modules;
+  check_routes(m.n_modules, m.n_kept);
+  s.n_logits = m.n_modules * (m.n_modules + 1) / 2;
+  check_numel("x", x, m.n_rows * s.n_in);
+  check_numel("task", task, m.n_rows);
+  for (int64_t l = 0; l < n_layers; ++l) {
+    const WeightShape shape = weight_shape(s, parameters, l);
+    check_width("a layer's input", shape.n_in);
+    check_width("a layer's output", shape.n_out);
+    check_numel("a weight", parameters[2 * l], m.n_nets * shape.numel());
+    check_numel("a bias", parameters[2 * l + 1], m.n_nets * shape.count * shape.n_out);
+  }
+  return s;
+}
+
+// Rows of `activations`, as network_cpu.h lays them out.
+int64_t activation_width(const NetworkSizes& s, const std::vector<Tensor>& parameters) {
+  int64_t width = 2 * s.hidden + 2 * s.modules.width;
+  for (int64_t l = kRoute; l < s.n_layers - 1; ++l) width += parameters[2 * l].size(1);
+  return width;
+}
+
+// The layers of every network, packed for one direction.
+template <typename T>
+struct Packed {
+  std::unique_ptr<std::byte[]> panels;
+  const std::byte* modules;        // [E,N-1]
+  std::vector<Layer<T>> layers;    // [E][n_layers]
+  std::unique_ptr<T[]> task_rows;  // [E,T+1,H]
+};
+
+template <typename T>
+Packed<T> pack_network(const Kernels<T>& kernel, const NetworkSizes& s, const std::vector<Tensor>& parameters, bool backward) {
+  struct Job {
+    const T* weight;
+    WeightShape shape;
+    size_t at;
+  };
+  const int64_t n_nets = s.modules.n_nets;
+  std::vector<Job> jobs;
+  std::vector<size_t> begin(s.n_layers);
+  size_t bytes = 0;
+  for (int64_t l = 0; l < s.n_layers; ++l) {
+    const WeightShape shape = weight_shape(s, parameters, l);
+    begin[l] = bytes;
+    if (l == kTask) continue;
+    for (int64_t i = 0; i < n_nets * shape.count; ++i) {
+      jobs.push_back({const_data<T>(parameters[2 * l]) + i * shape.n_out * shape.n_in, shape, bytes});
+      bytes += backward ? kernel.packed_bytes(shape.n_out, shape.n_in) : kernel.packed_bytes(shape.n_in, shape.n_out);
+    }
+  }
+  Packed<T> packed{std::make_unique_for_overwrite<std::byte[]>(bytes), nullptr, {},
+                   std::make_unique_for_overwrite<T[]>(n_nets * (s.n_tasks + 1) * s.hidden)};
+  for_each_block(static_cast<int64_t>(jobs.size()), [&](int64_t i) {
+    kernel.pack_weight(jobs[i].weight, jobs[i].shape.n_out, jobs[i].shape.n_in, backward, packed.panels.get() + jobs[i].at);
+  });
+  packed.modules = packed.panels.get() + begin[kModules];
+  for (int64_t net = 0; net < n_nets; ++net)
+    for (int64_t l = 0; l < s.n_layers; ++l) {
+      if (l == kTask || l == kModules) {
+        packed.layers.push_back({});
+        continue;
+      }
+      const auto [count, n_out, n_in] = weight_shape(s, parameters, l);
+      const size_t own = backward ? kernel.packed_bytes(n_out, n_in) : kernel.packed_bytes(n_in, n_out);
+      const bool relu = l == kBase0 || l == kModule0 || (l >= kRoute && l < s.n_layers - 1);
+      packed.layers.push_back({n_in, n_out, relu, packed.panels.get() + begin[l] + net * own,
+                               const_data<T>(parameters[2 * l + 1]) + net * n_out});
+    }
+  const T *weight = const_data<T>(parameters[2 * kTask]), *bias = const_data<T>(parameters[2 * kTask + 1]);
+  T* row = packed.task_rows.get();
+  for (int64_t net = 0; net < n_nets; ++net, weight += s.hidden * s.n_tasks, bias += s.hidden)
+    for (int64_t task = 0; task <= s.n_tasks; ++task, row += s.hidden)
+      for (int64_t j = 0; j < s.hidden; ++j) row[j] = bias[j] + (task < s.n_tasks ? weight[j * s.n_tasks + task] : T(0));
+  return packed;
+}
+
+template <typename T>
+NetworkArgs<T> network_args(const NetworkSizes& s, const Packed<T>& packed, const Tensor& x, const Tensor& task) {
+  return {s.n_tasks, s.n_layers, packed.layers.data(), packed.task_rows.get(), const_data<T>(x), const_data<int64_t>(task)};
+}
+
+}  // namespace
+
+void network(Tensor x, Tensor task, std::vector<Tensor> parameters, Tensor temperature, Tensor noise, Tensor given,
+             bool residual, bool resrouting, bool bf16, Tensor out, Tensor index, Tensor gate, Tensor flow, Tensor active,
+             Tensor activations, Tensor h, Tensor opened) {
+  const NetworkSizes s = network_sizes(x, task, parameters, index, residual);
+  const Sizes& m = s.modules;
+  const int64_t rows = m.n_nets * m.n_rows, routes = rows * m.n_modules * m.n_kept;
+  const bool sampled = noise.numel() > 0, is_given = given.numel() > 0, keep = h.numel() > 0;
+  if (sampled) check_numel("noise", noise, rows * s.n_logits);
+  if (sampled) check_numel("temperature", temperature, m.n_rows);
+  if (is_given) check_numel("given", given, routes);
+  check_numel("out", out, rows * s.n_out);
+  check_numel("index", index, routes);
+  check_numel("gate", gate, routes);
+  check_numel("flow", flow, routes);
+  check_numel("active", active, rows);
+  if (keep) {
+    check_numel("activations", activations, rows * activation_width(s, parameters));
+    check_numel("h", h, rows * m.n_modules * m.width);
+    check_numel("opened", opened, rows * m.n_modules * m.width);
+  }
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernels<T>& kernel = kernels<T>(bf16);
+    const Packed<T> packed = pack_network(kernel, s, parameters, false);
+    const RouteArgs<T> route_args{{m.n_modules, m.n_kept},
+                                  nullptr,
+                                  sampled ? const_data<T>(temperature) : nullptr,
+                                  sampled ? const_data<T>(noise) : nullptr,
+                                  is_given ? const_data<int32_t>(given) : nullptr,
+                                  resrouting,
+                                  data<int32_t>(index),
+                                  data<T>(gate),
+                                  data<bool>(flow),
+                                  data<int32_t>(active)};
+    const ForwardArgs<T> modules{m,
+                                 nullptr,
+                                 packed.modules,
+                                 const_data<T>(parameters[2 * kModules + 1]),
+                                 const_data<int32_t>(index),
+                                 const_data<T>(gate),
+                                 const_data<int32_t>(active),
+                                 keep ? data<T>(h) : nullptr,
+                                 keep ? data<bool>(opened) : nullptr,
+                                 nullptr};
+    const NetworkForwardArgs<T> args{network_args(s, packed, x, task), route_args, modules,
+                                     keep ? data<T>(activations) : nullptr, data<T>(out)};
+    for_each_row_block(m.n_nets, m.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
+      kernel.network_forward(args, net, first, n_rows);
+    });
+  });
+}
+
+void network_backward(Tensor d_out, Tensor to_gate, Tensor x, Tensor task, std::vector<Tensor> parameters, Tensor index,
+                      Tensor gate, Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened, bool residual,
+                      bool bf16, Tensor d_x, std::vector<Tensor> d_parameters) {
+  const NetworkSizes s = network_sizes(x, task, parameters, index, residual);
+  const Sizes& m = s.modules;
+  const int64_t rows = m.n_nets * m.n_rows, routes = rows * m.n_modules * m.n_kept;
+  const bool to_x = d_x.numel() > 0, to_parameters = !d_parameters.empty(), gate_used = to_gate.numel() > 0;
+  check_numel("d_out", d_out, rows * s.n_out);
+  if (gate_used) check_numel("to_gate", to_gate, routes);
+  check_numel("index", index, routes);
+  check_numel("gate", gate, routes);
+  check_numel("flow", flow, routes);
+  check_numel("active", active, rows);
+  check_numel("activations", activations, rows * activation_width(s, parameters));
+  check_numel("h", h, rows * m.n_modules * m.width);
+  check_numel("opened", opened, rows * m.n_modules * m.width);
+  if (to_x) check_numel("d_x", d_x, rows * s.n_in);
+  STD_TORCH_CHECK(!to_parameters || d_parameters.size() == parameters.size(), "d_parameters: expected ", parameters.size(),
+                  " tensors, got ", d_parameters.size());
+  for (size_t i = 0; i < d_parameters.size(); ++i) check_numel("d_parameters", d_parameters[i], parameters[i].numel());
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernels<T>& kernel = kernels<T>(bf16);
+    const Packed<T> packed = pack_network(kernel, s, parameters, true);
+    const int64_t wide = rows * m.width;
+    const auto scratch = std::make_unique_for_overwrite<T[]>(2 * wide + routes);
+    T* d_mixed = scratch.get();
+    const BackwardArgs<T> modules{m,
+                                  d_mixed,
+                                  packed.modules,
+                                  const_data<int32_t>(index),
+                                  const_data<T>(gate),
+                                  const_data<bool>(flow),
+                                  const_data<int32_t>(active),
+                                  const_data<T>(h),
+                                  const_data<bool>(opened),
+                                  d_mixed + wide,
+                                  d_mixed + 2 * wide};
+    const NetworkBackwardArgs<T> args{network_args(s, packed, x, task), modules, const_data<T>(activations),
+                                      const_data<T>(d_out), gate_used ? const_data<T>(to_gate) : nullptr, d_mixed,
+                                      to_x ? data<T>(d_x) : nullptr};
+    std::vector<Gradient<T>> gradients;
+    int64_t per_row = 0;  // multiply-adds of a row without the modules
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      const int64_t per_net = m.n_nets ? parameters[i].numel() / m.n_nets : 0;
+      gradients.push_back({to_parameters ? data<T>(d_parameters[i]) : nullptr, per_net});
+      if (i != 2 * kModules) per_row += per_net;
+    }
+    const auto cost = [&](int64_t row) {
+      return per_row + m.width * m.width * std::popcount(static_cast<uint32_t>(modules.active[row]));
+    };
+    sum_over_rows(m.n_nets, m.n_rows, gradients, cost, [&](int64_t net, int64_t first, int64_t n_rows, T* const* sums) {
+      kernel.network_backward(args, net, first, n_rows, sums);
+    });
+  });
+}
+
+}  // namespace d2r_fast

@@ -1,0 +1,94 @@
+"""Backend `cpp` of `routed_network`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from d2r_fast.ops.cpp.library import operations, rounds_to_bf16
+
+# Where a network's parameters stand in the list, weight then bias of each; the routing network's come last.
+BASE, MODULES, HEAD, ROUTE = 0, 8, 10, 12
+
+
+def saved_shapes(x: Tensor, parameters: Sequence[Tensor], keep: bool) -> tuple[int, tuple[int, ...]]:
+    """Numbers of the saved activations of the layers, and the shape of those of the modules; nothing unless `keep`."""
+    n_nets, per_net, width = parameters[MODULES].shape[:3]
+    hidden, route = parameters[BASE].shape[1], sum(w.shape[1] for w in parameters[ROUTE:-2:2])
+    rows = n_nets * x.shape[0]
+    return (rows * (2 * hidden + 2 * width + route), (n_nets, per_net + 1, x.shape[0], width)) if keep else (0, (0,))
+
+
+def forward(
+    x: Tensor,
+    task: Tensor,
+    temperature: Tensor | None,
+    noise: Tensor | None,
+    given: Tensor | None,
+    parameters: Sequence[Tensor],
+    k: int,
+    residual: bool,
+    resrouting: bool,
+    precision: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out [E,B,n_out]; gate, index, flow and active of `Routes`; and what backward needs: the activations of the layers,
+    h and opened as in `routed_modules`, or three empty tensors."""
+    n_nets, rows, n_modules = len(parameters[0]), len(x), parameters[MODULES].shape[1] + 1
+    shape = (n_nets, rows, n_modules, k)
+    out, gate = x.new_empty(n_nets, rows, parameters[HEAD].shape[1]), x.new_empty(shape)
+    index, flow = torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.bool)
+    active = torch.empty(shape[:2], dtype=torch.int32)
+    n_activations, kept_shape = saved_shapes(x, parameters, keep)
+    activations, h = x.new_empty(n_activations), x.new_empty(kept_shape)
+    opened = torch.empty(kept_shape, dtype=torch.bool)
+    none = x.new_empty(0)
+    temperature, noise = (none if v is None else v.to(x.dtype).contiguous() for v in (temperature, noise))
+    given = none if given is None else given.to(torch.int32).contiguous()
+    operations().network(
+        x.contiguous(),
+        task.to(torch.int64).contiguous(),
+        [p.contiguous() for p in parameters],
+        *(temperature, noise, given),
+        *(residual, resrouting, rounds_to_bf16(x, precision)),
+        *(out, index, gate, flow, active, activations, h, opened),
+    )
+    return out, gate, index, flow, active, activations, h, opened
+
+
+def backward(
+    d_out: Tensor,
+    to_gate: Tensor | None,
+    x: Tensor,
+    task: Tensor,
+    parameters: Sequence[Tensor],
+    gate: Tensor,
+    index: Tensor,
+    flow: Tensor,
+    active: Tensor,
+    activations: Tensor,
+    h: Tensor,
+    opened: Tensor,
+    residual: bool,
+    precision: str,
+    to_x: bool,
+    to_parameters: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """d_x [B,n_in], empty unless `to_x`; a gradient for each parameter, or none unless `to_parameters`.
+
+    to_gate [E,B,N,K]: gradient that reaches `gate` by another way than `out`; None: nothing does.
+    """
+    n_nets = len(parameters[0])
+    d_x = x.new_empty((n_nets, *x.shape) if to_x else 0)
+    d_parameters = [p.new_empty(p.shape) for p in parameters] if to_parameters else []
+    operations().network_backward(
+        d_out.contiguous(),
+        x.new_empty(0) if to_gate is None else to_gate.contiguous(),
+        x.contiguous(),
+        task.to(torch.int64).contiguous(),
+        [p.contiguous() for p in parameters],
+        *(index, gate, flow, active, activations, h, opened),
+        *(residual, rounds_to_bf16(x, precision)),
+        *(d_x, d_parameters),
+    )
+    return d_x.sum(0) if to_x else d_x, d_parameters
