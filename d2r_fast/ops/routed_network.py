@@ -15,6 +15,7 @@ from d2r_fast.ops.backends import Precision, check_precision
 from d2r_fast.ops.cpp import routed_network as cpp
 from d2r_fast.ops.select_routes import RouteMode, Routes, check_select_arguments
 
+
 def routed_network(
     x: Tensor,
     task: Tensor,
@@ -32,8 +33,8 @@ def routed_network(
 
     x          [B,n_in] float32 or float64, on the CPU
     task       [B] integer; a number outside 0..T-1 adds nothing to the task layer's bias
-    parameters weight and bias of each layer, as `ensemble_linear` and `routed_modules` take them, in this order: both base
-               layers, task, module 0, modules 1..N-1, head, and the routing network's layers from its first to its last
+    parameters weight and bias of each layer, as `ensemble_linear` and `routed_modules` take them, in this order: both
+               base layers, task, module 0, modules 1..N-1, head, and the routing network's layers, first to last
     k, mode, temperature, noise, index, resrouting: as in `select_routes`; residual, precision: as in `routed_modules`
 
     Differentiable once, in x, the parameters, and through the routes' gates.
