@@ -1,4 +1,4 @@
-"""The network as one operation against the same network composed of the other operations, on the reference in float64."""
+"""The network as one operation against the network composed of the other operations, on the reference in float64."""
 
 import pytest
 import torch

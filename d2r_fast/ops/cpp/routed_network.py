@@ -32,8 +32,8 @@ def forward(
     precision: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out [E,B,n_out]; gate, index, flow and active of `Routes`; and what backward needs: the layers' activations, h and
-    opened as in `routed_modules`, or three empty tensors."""
+    """out [E,B,n_out]; gate, index, flow and active of `Routes`; and what backward needs: the layers' activations, h
+    and opened as in `routed_modules`, or three empty tensors."""
     n_nets, rows, n_modules = len(parameters[0]), len(x), parameters[MODULES].shape[1] + 1
     shape = (n_nets, rows, n_modules, k)
     out, gate = x.new_empty(n_nets, rows, parameters[HEAD].shape[1]), x.new_empty(shape)
