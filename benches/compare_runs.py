@@ -74,8 +74,8 @@ def compare_groups(reference: list[Run], fast: list[Run]) -> dict[str, Any]:
     names = ("mean", *reference[0].cfg.task_names)
     result: dict[str, Any] = {"seeds": {name: [run.cfg.seed for run in group] for name, group in groups.items()}}
     for measure, of_run in MEASURES.items():
-        values = [np.array([of_run(run) for run in group]) for group in groups.values()]  # [S,1+T] each
-        table, verdict = compare(*values, names)
+        values = {name: np.array([of_run(run) for run in group]) for name, group in groups.items()}  # [S,1+T] each
+        table, verdict = compare(values["reference"], values["fast"], names)
         result[measure] = {"verdict": verdict, "table": table}
     for time in TIMES:
         means = {name: [row(run)[time] for run in group] for name, group in groups.items()}

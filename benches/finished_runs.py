@@ -13,8 +13,8 @@ from d2r_fast.config_json import load_config
 from d2r_fast.metrics import read_metrics
 
 # What two runs that learn the same thing may differ in: who they are, what computes, and what is saved.
-FREE = ("name", "seed", "device", "deterministic", "cuda_graph", "overlap", "net.backend", "net.precision")
-FREE += ("checkpoint_every_chunks", "checkpoint_replay")
+FREE = {"name", "seed", "device", "deterministic", "cuda_graph", "overlap", "net.backend", "net.precision"}
+FREE |= {"checkpoint_every_chunks", "checkpoint_replay"}
 
 
 def area(steps: list[int], success: np.ndarray) -> np.ndarray:
