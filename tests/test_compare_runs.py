@@ -66,7 +66,7 @@ def test_interval_of_two_runs_is_known():
     assert parts["reference"] == {"mean": 0.4, "low": 0.2, "high": 0.6}
     assert parts["fast"] == {"mean": 0.7, "low": 0.5, "high": 0.9}
     assert parts["difference"] == {"mean": 0.3, "low": -0.1, "high": 0.7}  # its ends have 1/16 of the draws each
-    assert verdict == "overlap"
+    assert verdict == "too few seeds"
 
 
 def test_interval_of_a_difference_is_as_wide_as_independent_groups_make_it():
