@@ -8,28 +8,25 @@ namespace d2r_fast::D2R_ISA {
 template <typename T, typename Products>
 void linear_forward(const Layer<T>& layer, int64_t n_rows, const T* x, T* y) {
   const auto [n_in, n_out, relu, panels, layer_bias] = layer;
-  const int64_t tile = kTileRows * kTileStride<T>, padded = round_up(n_out, kPanel<T>);
+  const int64_t buffer = n_rows * kTileStride<T>, padded = round_up(n_out, kPanel<T>);
   Workspace& workspace = Workspace::of_this_thread();
-  workspace.reserve(sizeof(T) * (2 * tile + padded) + 1024);
-  T* x_tile = workspace.take<T>(tile);
-  T* z = workspace.take<T>(tile);
+  workspace.reserve(sizeof(T) * (2 * buffer + padded) + 1024);
+  T* x_rows = workspace.take<T>(buffer);
+  T* z_rows = workspace.take<T>(buffer);
   T* bias = workspace.take<T>(padded);
   std::copy_n(layer_bias, n_out, bias);
   std::fill(bias + n_out, bias + padded, T(0));
-  for (int64_t begin = 0; begin < n_rows; begin += kTileRows) {
-    const int64_t in_tile = std::min<int64_t>(kTileRows, n_rows - begin);
-    for (int64_t r = 0; r < in_tile; ++r) std::copy_n(x + (begin + r) * n_in, n_in, x_tile + r * kTileStride<T>);
-    Products::multiply(in_tile, x_tile, panels, n_in, n_out, bias, z);
-    for (int64_t r = 0; r < in_tile; ++r) {
-      const T* z_row = z + r * kTileStride<T>;
-      T* y_row = y + (begin + r) * n_out;
-      if (!relu) {
-        std::copy_n(z_row, n_out, y_row);
-        continue;
-      }
-#pragma omp simd
-      for (int64_t j = 0; j < n_out; ++j) y_row[j] = z_row[j] < 0 ? T(0) : z_row[j];  // a NaN stays one
+  for (int64_t row = 0; row < n_rows; ++row) std::copy_n(x + row * n_in, n_in, x_rows + row * kTileStride<T>);
+  Products::multiply(n_rows, x_rows, panels, n_in, n_out, bias, z_rows);
+  for (int64_t row = 0; row < n_rows; ++row) {
+    const T* z = z_rows + row * kTileStride<T>;
+    T* y_row = y + row * n_out;
+    if (!relu) {
+      std::copy_n(z, n_out, y_row);
+      continue;
     }
+#pragma omp simd
+    for (int64_t j = 0; j < n_out; ++j) y_row[j] = z[j] < 0 ? T(0) : z[j];  // a NaN stays one
   }
 }
 
@@ -37,12 +34,13 @@ template <typename T, typename Products>
 void linear_backward(const Layer<T>& layer, int64_t n_rows, const T* d_y, const T* x, const T* y, T* d_x, T* d_weight,
                      T* d_bias) {
   const int64_t n_in = layer.n_in, n_out = layer.n_out;
-  const int64_t tile = kTileRows * kTileStride<T>, in_stride = row_stride<T>(n_in), out_stride = row_stride<T>(n_out);
+  const int64_t buffer = d_x ? n_rows * kTileStride<T> : 0;
+  const int64_t in_stride = row_stride<T>(n_in), out_stride = row_stride<T>(n_out);
   const int64_t scratch_size = Products::scratch(n_rows, in_stride + out_stride);
   Workspace& workspace = Workspace::of_this_thread();
-  workspace.reserve(sizeof(T) * (2 * tile + n_rows * (in_stride + out_stride) + scratch_size) + 1024);
-  T* dz_tile = workspace.take<T>(tile);
-  T* dx_tile = workspace.take<T>(tile);
+  workspace.reserve(sizeof(T) * (2 * buffer + n_rows * (in_stride + out_stride) + scratch_size) + 1024);
+  T* dz_buffer = workspace.take<T>(buffer);
+  T* dx_buffer = workspace.take<T>(buffer);
   T* dz_rows = workspace.take<T>(n_rows * out_stride);
   T* x_rows = workspace.take<T>(n_rows * in_stride);
   T* scratch = workspace.take<T>(scratch_size);
@@ -67,12 +65,9 @@ void linear_backward(const Layer<T>& layer, int64_t n_rows, const T* d_y, const 
     Products::add_outer(n_rows, {dz_rows, out_stride, n_out}, {x_rows, in_stride, n_in}, d_weight, scratch);
   }
   if (!d_x) return;
-  for (int64_t begin = 0; begin < n_rows; begin += kTileRows) {
-    const int64_t in_tile = std::min<int64_t>(kTileRows, n_rows - begin);
-    for (int64_t r = 0; r < in_tile; ++r) std::copy_n(dz_rows + (begin + r) * out_stride, n_out, dz_tile + r * kTileStride<T>);
-    Products::multiply(in_tile, dz_tile, layer.panels, n_out, n_in, nullptr, dx_tile);
-    for (int64_t r = 0; r < in_tile; ++r) std::copy_n(dx_tile + r * kTileStride<T>, n_in, d_x + (begin + r) * n_in);
-  }
+  for (int64_t row = 0; row < n_rows; ++row) std::copy_n(dz_rows + row * out_stride, n_out, dz_buffer + row * kTileStride<T>);
+  Products::multiply(n_rows, dz_buffer, layer.panels, n_out, n_in, nullptr, dx_buffer);
+  for (int64_t row = 0; row < n_rows; ++row) std::copy_n(dx_buffer + row * kTileStride<T>, n_in, d_x + row * n_in);
 }
 
 }  // namespace d2r_fast::D2R_ISA

@@ -45,7 +45,7 @@ inline const Vector<T>& vector_at(const T* p) {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Rows of a tile buffer lie a constant distance apart, so that one address register serves all of them. 8704 bytes:
+// Rows of a tile buffer, however many it holds, lie a constant distance apart, so that one address register serves all of them. 8704 bytes:
 // the widest row, and rows land eight cache lines apart in the first-level cache.
 template <typename T>
 constexpr int64_t kTileStride = 8704 / sizeof(T);
@@ -112,19 +112,43 @@ inline void with_constant_rows(int64_t n, const Body& body) {
   }(std::make_integer_sequence<int, kTileRows>{});
 }
 
-// out[r, :] = start + a[r, :] B for the rows of a tile; start null: zero. `out` has room for whole panels.
+// Calls body(begin, in_tile) for n rows in tiles of equal size, nearly: in one of few rows, each step of a product would
+// wait for the step before it.
+template <typename Body>
+inline void for_each_tile(int64_t n, const Body& body) {
+  const int64_t n_tiles = (n + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0; tile < n_tiles; ++tile) {
+    const int64_t begin = n * tile / n_tiles;
+    body(begin, n * (tile + 1) / n_tiles - begin);
+  }
+}
+
+// This many steps of a panel, 16 KB, and of a tile's rows stay in the first-level cache while the panel meets all tiles.
+constexpr int64_t kStepsAtOnce = 256;
+
+// out[r, :] = start + a[r, :] B for n_rows rows of a tile buffer; start null: zero. `out` has room for whole panels.
 template <typename Step>
-inline void multiply_tile(int64_t n_rows, int64_t depth, const typename Step::Element* a, const typename Step::Element* panel,
+inline void multiply_rows(int64_t n_rows, int64_t depth, const typename Step::Element* a, const typename Step::Element* panels,
                           int64_t columns, const typename Step::Sum* start, typename Step::Sum* out) {
   using T = typename Step::Sum;
-  with_constant_rows(n_rows, [&](auto rows) {
-    for (int64_t first = 0; first < columns; first += kPanel<T>, panel += depth * kPanel<T>) {
-      if (start)
-        tile_product<Step, rows(), false, Start::kRow>(depth, a, 0, panel, kPanel<T>, out + first, kTileStride<T>, start + first);
-      else
-        tile_product<Step, rows(), false, Start::kZero>(depth, a, 0, panel, kPanel<T>, out + first, kTileStride<T>, nullptr);
-    }
-  });
+  const int64_t n_parts = std::max<int64_t>(1, (depth + kStepsAtOnce - 1) / kStepsAtOnce);
+  for (int64_t part = 0; part < n_parts; ++part) {
+    const int64_t k = depth * part / n_parts, steps = depth * (part + 1) / n_parts - k;
+    const auto* panel = panels + k * kPanel<T>;
+    for (int64_t first = 0; first < columns; first += kPanel<T>, panel += depth * kPanel<T>)
+      for_each_tile(n_rows, [&](int64_t row, int64_t in_tile) {
+        const auto* a_at = a + row * kTileStride<T> + k;
+        T* c = out + row * kTileStride<T> + first;
+        with_constant_rows(in_tile, [&](auto rows) {
+          if (part > 0)
+            tile_product<Step, rows(), false, Start::kLoad>(steps, a_at, 0, panel, kPanel<T>, c, kTileStride<T>, nullptr);
+          else if (start)
+            tile_product<Step, rows(), false, Start::kRow>(steps, a_at, 0, panel, kPanel<T>, c, kTileStride<T>, start + first);
+          else
+            tile_product<Step, rows(), false, Start::kZero>(steps, a_at, 0, panel, kPanel<T>, c, kTileStride<T>, nullptr);
+        });
+      });
+  }
 }
 
 // Where the `depth` rows of an operand of a transposed product lie, and how many columns of them count. Rows have room
@@ -183,7 +207,7 @@ struct PlainProducts {
 
   static void multiply(int64_t n_rows, const T* a, const std::byte* panels, int64_t depth, int64_t columns, const T* start,
                        T* out) {
-    multiply_tile<Multiply<T>>(n_rows, depth, a, reinterpret_cast<const T*>(panels), columns, start, out);
+    multiply_rows<Multiply<T>>(n_rows, depth, a, reinterpret_cast<const T*>(panels), columns, start, out);
   }
 
   static int64_t scratch(int64_t, int64_t) { return 0; }
@@ -211,7 +235,7 @@ struct Bf16Products {
 
   static void multiply(int64_t n_rows, const float* a, const std::byte* panels, int64_t depth, int64_t columns,
                        const float* start, float* out) {
-    alignas(64) thread_local uint32_t pairs[kTileRows * kTileStride<uint32_t>];
+    alignas(64) thread_local uint32_t pairs[kBlockRows * kTileStride<uint32_t>];
     for (int64_t r = 0; r < n_rows; ++r) {
       const float* row = a + r * kTileStride<float>;
       uint32_t* to = pairs + r * kTileStride<uint32_t>;
@@ -223,7 +247,7 @@ struct Bf16Products {
       }
     }
     const auto* packed = reinterpret_cast<const uint32_t*>(panels);
-    multiply_tile<MultiplyPairs>(n_rows, (depth + 1) / 2, pairs, packed, columns, start, out);
+    multiply_rows<MultiplyPairs>(n_rows, (depth + 1) / 2, pairs, packed, columns, start, out);
   }
 
   // Floats that add_outer needs for rows of these strides together.

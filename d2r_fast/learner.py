@@ -11,6 +11,7 @@ from torch import Tensor
 
 from d2r_fast import sac
 from d2r_fast.config import RunConfig
+from d2r_fast.memory import keep_freed_memory
 from d2r_fast.policy import Agent
 from d2r_fast.replay import Replay
 
@@ -27,9 +28,11 @@ EAGER_BEFORE_CAPTURE = 3
 
 
 class Learner:
-    """Owns the optimiser and the learner's random stream."""
+    """Owns the optimiser and the learner's random stream. On the CPU the process keeps what updates free from now on."""
 
     def __init__(self, agent: Agent, replay: Replay, cfg: RunConfig, seed: int):
+        if replay.device.type == "cpu":
+            keep_freed_memory()
         self.agent, self._replay, self._cfg = agent, replay, cfg
         self.optimiser = sac.make_optimiser(agent, cfg.sac)
         self.generator = torch.Generator(replay.device).manual_seed(seed)
