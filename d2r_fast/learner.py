@@ -28,7 +28,7 @@ EAGER_BEFORE_CAPTURE = 3
 
 
 class Learner:
-    """Owns the optimiser and the learner's random stream. On the CPU the process keeps what updates free from now on."""
+    """Owns the optimiser and the learner's random stream. On the CPU the process then keeps the memory that updates free."""
 
     def __init__(self, agent: Agent, replay: Replay, cfg: RunConfig, seed: int):
         if replay.device.type == "cpu":
