@@ -22,7 +22,6 @@ from d2r_fast.learner import Learner
 from d2r_fast.ops.select_routes import select_routes
 from d2r_fast.replay import Replay, Staging, Transitions
 from d2r_fast.sac import Batch, draw, make_optimiser, update
-from d2r_fast.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; torch finds none")
 
@@ -293,10 +292,20 @@ def test_staged_rows_reach_the_device_as_they_are() -> None:
         assert torch.equal(here, there.cpu())
 
 
+@pytest.fixture
+def trainer_class() -> type:
+    """Training needs packages that the kernels do without; where they are missing, its tests alone are skipped."""
+    for package in ("envpool", "cattrs", "tensorboard"):
+        pytest.importorskip(package)
+    from d2r_fast.trainer import Trainer
+
+    return Trainer
+
+
 @pytest.mark.parametrize("overlap", [True, False])
-def test_training_collects_on_the_gpu_beside_the_learner(tmp_path: Path, overlap: bool) -> None:
-    pytest.importorskip("envpool")
-    trainer = Trainer(dataclasses.replace(tiny.RUN, device="cuda", overlap=overlap), tmp_path / "run", None, False)
+def test_training_collects_on_the_gpu_beside_the_learner(trainer_class: type, tmp_path: Path, overlap: bool) -> None:
+    cfg = dataclasses.replace(tiny.RUN, device="cuda", overlap=overlap)
+    trainer = trainer_class(cfg, tmp_path / "run", None, False)
     assert trainer.run()
     assert (trainer.steps, trainer.learner.updates) == (100, 40)
     rows = trainer.replay.state_dict()["rows"]
@@ -305,12 +314,11 @@ def test_training_collects_on_the_gpu_beside_the_learner(tmp_path: Path, overlap
 
 
 @pytest.mark.parametrize(("there", "here"), [("cuda", "cpu"), ("cpu", "cuda")])
-def test_a_run_goes_on_on_the_other_device(tmp_path: Path, there: str, here: str) -> None:
-    pytest.importorskip("envpool")
+def test_a_run_goes_on_on_the_other_device(trainer_class: type, tmp_path: Path, there: str, here: str) -> None:
     half = dataclasses.replace(tiny.RUN, device=there, total_steps=40)
-    assert Trainer(half, tmp_path / "run", None, False).run()
+    assert trainer_class(half, tmp_path / "run", None, False).run()
     state = load_checkpoint(find_checkpoint(tmp_path / "run"))
-    trainer = Trainer(dataclasses.replace(tiny.RUN, device=here), tmp_path / "run", state, False)
+    trainer = trainer_class(dataclasses.replace(tiny.RUN, device=here), tmp_path / "run", state, False)
     assert (trainer.steps, trainer.learner.updates) == (60, 20) and trainer.device.type == here
     assert trainer.run()
     assert (trainer.steps, trainer.learner.updates) == (100, 40)
