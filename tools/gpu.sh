@@ -96,7 +96,7 @@ sanitize() {
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 
-# train NAME SECONDS ARGUMENTS...: train, interrupt it as Ctrl-C would; it then saves, reports and ends by itself.
+# train_for NAME SECONDS ARGUMENTS...: train, interrupt it as Ctrl-C would; it then saves, reports and ends by itself.
 train_for() {
   local name=$1 seconds=$2
   shift 2
