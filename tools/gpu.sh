@@ -46,8 +46,10 @@ tests() {
   local workers=() file check backend dtype
   if python3 -c 'import xdist' 2> /dev/null; then workers=(-n 8); fi # every shape is a kernel to compile
   # Each file in processes of its own: a kernel that faults takes the device with it.
-  step test_gpu 120 15 python3 -m pytest -q -rf -p no:cacheprovider tests/test_gpu.py
-  step test_triton_kernels 200 15 \
+  for file in test_gpu test_gpu_acting; do
+    step "$file" 100 15 python3 -m pytest -q -rf -p no:cacheprovider "tests/$file.py"
+  done
+  step test_triton_kernels 180 15 \
     python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/test_triton_kernels.py
   for check in "reference float64" "reference float32" "triton float32"; do
     read -r backend dtype <<< "$check"
