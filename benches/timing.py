@@ -27,6 +27,8 @@ class Samples:
     ms: list[float] = field(default_factory=list)
 
     def quantile(self, q: float) -> float:
+        if len(self.ms) == 1:  # which Python before 3.13 takes for too few
+            return self.ms[0]
         return statistics.quantiles(self.ms, n=100, method="inclusive")[round(100 * q) - 1]
 
     @property

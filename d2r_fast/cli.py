@@ -129,7 +129,10 @@ def _run(trainer: Trainer) -> int:
     print(f"\n{'finished' if finished else 'stopped'} after {seconds / 60:.1f} minutes in this session")
     if trainer.idle is not None:
         print(f"idle       {trainer.idle} (waiting for the other, since the warm-up)")
-    print(f"memory     {peak:,.0f} MiB at the peak")
+    on_gpu = ""
+    if trainer.device.type == "cuda":  # all that torch took from the driver, captured graphs' memory included
+        on_gpu = f", {torch.cuda.max_memory_reserved(trainer.device) / 2**20:,.0f} MiB on the GPU"
+    print(f"memory     {peak:,.0f} MiB at the peak{on_gpu}")
     print(f"checkpoint {find_checkpoint(run_dir)}")
     print(f"metrics    {run_dir / 'metrics.jsonl'}, TensorBoard: {run_dir / 'tensorboard'}")
     for picture in pictures:

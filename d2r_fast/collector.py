@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2r_fast.captured import Captured
 from d2r_fast.envs import MultiTaskEnvs
 from d2r_fast.network import RouteChoice, gumbel
 from d2r_fast.ops import count_active
-from d2r_fast.policy import Agent
+from d2r_fast.policy import Agent, Sample
 from d2r_fast.replay import Staging, Transitions
 
 
@@ -36,7 +37,8 @@ class Collector:
     """Acts in `envs` with sampled routes and noise drawn from `generator`, which lives on `device`.
 
     It acts with its own copy of the agent's actor and route temperatures, so that `collect` may run in another thread
-    while updates change the agent: an actor between two of an optimiser's writes is never acted with.
+    while updates change the agent: an actor between two of an optimiser's writes is never acted with. On a GPU acting
+    for all environments is one graph on a stream of its own, captured unless `cuda_graph` is False.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Collector:
         device: torch.device,
         generator: torch.Generator,
         time_limit_is_terminal: bool,
+        cuda_graph: bool = True,
     ):
         self._envs, self._agent, self._device, self._generator = envs, agent, device, generator
         self._time_limit_is_terminal = time_limit_is_terminal
@@ -54,6 +57,10 @@ class Collector:
         self._route_temp = agent.route_temp.clone()
         # Acting must not queue behind the updates that the learner has launched.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        # Present observations, here and where the captured policy reads them; on the CPU they are the same.
+        self._obs_here = torch.empty(len(self._task), envs.obs_size, pin_memory=device.type == "cuda")
+        self._obs_there = self._obs_here.to(device)
+        self._policy = Captured(self._sample, generator, "acting", cuda_graph)
         self.take_parameters()
         self._begin()
 
@@ -86,15 +93,21 @@ class Collector:
     def close(self) -> None:
         self._envs.close()
 
-    def _act(self) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Action [T,n,A], route index [T,n,N,K] and active modules [T,n] at the present observations."""
-        actor, rows = self._actor, len(self._task)
-        obs = torch.from_numpy(self._obs.reshape(rows, -1)).to(self._device)
-        noise = torch.randn(rows, actor.action_size, generator=self._generator, device=self._device)
-        gumbel_noise = gumbel((1, rows, actor.net.cfg.n_logits), obs, self._generator)
+    def _sample(self) -> Sample:
+        """Actions at `_obs_there`."""
+        obs, actor = self._obs_there, self._actor
+        noise = torch.randn(len(obs), actor.action_size, generator=self._generator, device=self._device)
+        gumbel_noise = gumbel((1, len(obs), actor.net.cfg.n_logits), obs, self._generator)
         choice = RouteChoice.sampled(self._route_temp[self._task], gumbel_noise)
-        sample = actor.sample(obs, self._task, noise, choice)
+        return actor.sample(obs, self._task, noise, choice)
+
+    def _act(self) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Action [T,n,A], route index [T,n,N,K] and active modules [T,n] at the present observations. Routes and active
+        modules stay what they are until the next call."""
         shape = self._obs.shape[:2]
+        self._obs_here.numpy()[:] = self._obs.reshape(self._obs_here.shape)
+        self._obs_there.copy_(self._obs_here, non_blocking=True)  # done before the actions are here
+        sample = self._policy()
         index = sample.routes.index[0]
         return (
             sample.action.cpu().numpy().reshape(*shape, -1),

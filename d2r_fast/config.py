@@ -143,7 +143,7 @@ class RunConfig:
     """Same seed, same machine: identical metrics, also across a stop at a checkpoint and a resume. Collecting and
     learning then take turns."""
     cuda_graph: bool = True
-    """On a GPU, replay updates as one captured graph; False launches their kernels one by one."""
+    """On a GPU, replay an update, and acting, as one captured graph each; False launches their kernels one by one."""
     overlap: bool = True
     """Collect the next chunk while the learner makes the updates of the last one, with parameters at most one chunk
     old, as published. False, or `deterministic`: they take turns. The ratio is exact either way; bitwise equal runs are

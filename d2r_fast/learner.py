@@ -1,15 +1,13 @@
 """Runs updates: draws a batch and noise, calls `sac.update`, keeps metrics on the device until asked for them.
 
-On a GPU one update, from the draw of its rows to the targets' step, is captured once as a CUDA graph and replayed: the
-processor then launches one graph instead of hundreds of kernels that take a few microseconds each.
+On a GPU one update, from the draw of its rows to the targets' step, is one captured graph.
 """
-
-import warnings
 
 import torch
 from torch import Tensor
 
 from d2r_fast import sac
+from d2r_fast.captured import Captured
 from d2r_fast.config import RunConfig
 from d2r_fast.memory import keep_freed_memory
 from d2r_fast.policy import Agent
@@ -23,12 +21,8 @@ def restore_generator(generator: torch.Generator, state: Tensor) -> None:
         generator.set_state(state)
 
 
-# Allocations, compiled kernels and library handles must exist before a capture.
-EAGER_BEFORE_CAPTURE = 3
-
-
 class Learner:
-    """Owns the optimiser and the learner's random stream. On the CPU the process then keeps the memory that updates free."""
+    """Owns the optimiser and the learner's random stream. On the CPU the process then keeps what updates free."""
 
     def __init__(self, agent: Agent, replay: Replay, cfg: RunConfig, seed: int):
         if replay.device.type == "cpu":
@@ -39,20 +33,12 @@ class Learner:
         self.updates = 0
         self._sums: dict[str, Tensor] = {}  # written in place, for a captured update knows their addresses
         self._summed = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._until_capture = EAGER_BEFORE_CAPTURE if replay.device.type == "cuda" and cfg.cuda_graph else -1
+        self._one_update = Captured(self._update, self.generator, "updates", cfg.cuda_graph)
 
     def run(self, n_updates: int) -> None:
         """Make `n_updates` updates."""
         for _ in range(n_updates):
-            if self._until_capture == 0:
-                self._capture()
-            if self._graph is not None:
-                self._graph.replay()
-            else:
-                self._update()
-                if self._until_capture > 0:
-                    self._until_capture -= 1
+            self._one_update()
             self._summed += 1
             self.updates += 1
 
@@ -65,21 +51,6 @@ class Learner:
                 self._sums[name] += value
             else:
                 self._sums[name] = value.clone()
-
-    def _capture(self) -> None:
-        """Record one update without running it. Where that fails, updates go on one by one, and a warning says why."""
-        self._until_capture = -1
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        try:
-            # The collector's thread may use the GPU meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._update()
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            warnings.warn(f"updates run one by one, not as a CUDA graph: {reason}", RuntimeWarning, stacklevel=3)
-            return
-        self._graph = graph
 
     def take_metrics(self) -> dict[str, list[float]]:
         """Means since the last call, a list a metric (one number a task, network, or one). Synchronises the device.
@@ -118,7 +89,6 @@ class Learner:
         self.optimiser.load_state_dict(state["optimiser"])  # with moments at other addresses than a captured update's
         for group in self.optimiser.param_groups:
             group["capturable"] = self.agent.log_alpha.is_cuda  # not that of the device it was saved on
-        if self._graph is not None:
-            self._graph, self._until_capture = None, EAGER_BEFORE_CAPTURE
+        self._one_update.forget()
         restore_generator(self.generator, state["generator"])
         self.updates = state["updates"]

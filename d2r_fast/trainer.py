@@ -95,7 +95,12 @@ class Trainer:
             self._load(resume)
         self._saved_at: tuple[int, int] | None = None
         self._collector = Collector(
-            self._make_envs(), self.agent, self.device, self._acting_generator, not cfg.bootstrap_at_time_limit
+            self._make_envs(),
+            self.agent,
+            self.device,
+            self._acting_generator,
+            not cfg.bootstrap_at_time_limit,
+            cfg.cuda_graph,
         )
         self._feed = ChunkFeed(
             self._collector, cfg.chunk_steps // cfg.env.envs_per_task, cfg.overlap and not cfg.deterministic

@@ -1,55 +1,153 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: build csrc, run the GPU tests, then the benchmarks; everything lands under $OUT (or the folder given).
+# On a machine with a GPU: build csrc, then one part, or several, of what only a GPU can show.
 #
-#   bash tools/gpu.sh [OUT] [tests|benches|all]
+#   bash tools/gpu.sh OUT PART...     OUT/PART.tar.gz then holds every log, table, JSON and picture of the part
 #
-# Needs a Python with torch, triton, numpy, pytest and hypothesis, and CMake; uses a copy of the tree, installs nothing.
-# Tests and benches together take under ten minutes; a call that must be shorter can name one of them.
+#   tests     GPU tests, the Triton kernels on the device, golden vectors, errors by precision
+#   benches   the operation, the update of MT10 and MT50 with a trace, acting
+#   sanitize  what the Triton kernels compile to there, and compute-sanitizer over them at small sizes
+#   train     mt10-rand for four minutes, interrupted and resumed; mt50-rand for one
+#   rates     steps/s, updates/s and idle shares of MT10 and MT50; environment steps alone
+#
+# Each part takes less than ten minutes. A step that fails or takes too long is told, and the next one goes on.
+# Needs a Python with torch, triton, numpy, pytest, hypothesis, psutil and matplotlib, and CMake; train, rates and some
+# tests also EnvPool, Meta-World, Gymnasium, tyro, cattrs and tensorboard. Uses a copy of the tree and installs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-${OUT:?usage: tools/gpu.sh OUT [tests|benches|all]}}
-part=${2:-all}
+usage="usage: tools/gpu.sh OUT tests|benches|sanitize|train|rates ..."
+out=${1:?$usage}
+shift
+: "${1:?$usage}"
 mkdir -p "$out"
+out=$(realpath "$out")
 
 # As an installed package has it: d2r_fast.kernels is kernels/. A copy of the tree gives that without installing.
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 cp -r d2r_fast tests benches csrc kernels setup.py README.md "$site/"
+rm -rf "$site/d2r_fast/kernels"
 cp -r kernels "$site/d2r_fast/kernels"
-out=$(realpath "$out")
 cd "$site"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+failed=()
 
-python3 -c 'import torch, triton; assert torch.cuda.is_available(), "no GPU: torch finds none"; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' \
-  | tee "$out/machine.txt"
-status=0
-python3 setup.py -q build_ext --inplace > "$out/build.txt" 2>&1 || status=1
-python3 -c 'from d2r_fast.ops.backends import availability; print(availability())' | tee -a "$out/machine.txt"
+# step NAME SECONDS LINES COMMAND...: run it, show the last LINES of what it says, and keep everything.
+step() {
+  local name=$1 limit=$2 lines=$3 begin=$SECONDS status=0
+  shift 3
+  timeout -k 10 "$limit" "$@" > "$results/$name.txt" 2>&1 || status=$?
+  echo "== $name: $((SECONDS - begin)) s, exit status $status"
+  tail -n "$lines" "$results/$name.txt"
+  if [ "$status" != 0 ]; then failed+=("$name"); fi
+  tar -C "$results" -czf "$out/$part.tar.gz" .
+}
 
-if [ "$part" != benches ]; then
-  # Each file in its own process: a kernel that faults takes the device with it.
-  for tests in test_gpu test_triton_kernels test_triton_compile test_routed_modules test_select_routes test_ensemble_linear; do
-    timeout 240 python3 -m pytest -q -p no:cacheprovider "tests/$tests.py" > "$out/$tests.txt" 2>&1 || status=1
-    tail -1 "$out/$tests.txt" | sed "s/^/$tests: /"
+tests() {
+  local workers=() file check backend dtype
+  if python3 -c 'import xdist' 2> /dev/null; then workers=(-n 8); fi # every shape is a kernel to compile
+  # Each file in processes of its own: a kernel that faults takes the device with it.
+  for file in test_gpu test_gpu_acting; do
+    step "$file" 100 15 python3 -m pytest -q -rf -p no:cacheprovider "tests/$file.py"
   done
-  python3 -m d2r_fast.kernels.compile_report --json "$out/triton_sm90.json" > "$out/triton_sm90.txt" || status=1
+  step test_triton_kernels 180 15 \
+    python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/test_triton_kernels.py
   for check in "reference float64" "reference float32" "triton float32"; do
     read -r backend dtype <<< "$check"
-    python3 tests/check_golden.py tests/golden --device cuda --backend "$backend" --dtype "$dtype" \
-      > "$out/golden_${backend}_$dtype.txt" || status=1
-    echo "golden $check: $(tail -1 "$out/golden_${backend}_$dtype.txt")"
+    step "golden_${backend}_$dtype" 30 1 \
+      python3 tests/check_golden.py tests/golden --device cuda --backend "$backend" --dtype "$dtype"
   done
-fi
+  step precision_error 40 8 \
+    python3 benches/precision_error.py --device cuda --json "$results/precision_error_cuda.json"
+  # On the CPU, for the sake of instruction sets that other machines lack.
+  for file in test_routed_modules test_select_routes test_ensemble_linear test_routed_network; do
+    step "$file" 30 1 python3 -m pytest -q -p no:cacheprovider "${workers[@]}" "tests/$file.py"
+  done
+}
 
-if [ "$part" != tests ]; then
-  timeout 240 python3 benches/routed_modules.py --device cuda --json "$out/routed_modules_cuda.json" --plots "$out" \
-    > "$out/routed_modules_cuda.txt" 2>&1 || status=1
-  cat "$out/routed_modules_cuda.txt"
+benches() {
+  local suite
+  step acting 60 16 python3 benches/acting.py --device cuda --json "$results/acting_cuda.json"
   for suite in mt10 mt50; do
-    timeout 150 python3 benches/update_step.py --suite "$suite" --device cuda --rounds 200 --precisions float32,tf32,bf16 \
-      --json "$out/update_step_${suite}_cuda.json" --profile "$out/update_step_$suite.trace.json" \
-      > "$out/update_step_$suite.txt" 2>&1 || status=1
-    cat "$out/update_step_$suite.txt"
+    step "update_step_$suite" 100 60 python3 benches/update_step.py --suite "$suite" --device cuda --rounds 200 \
+      --precisions float32,tf32,bf16 --json "$results/update_step_${suite}_cuda.json" \
+      --profile "$results/update_step_$suite.trace.json"
   done
+  step update_memory 60 4 python3 benches/update_memory.py --suite mt10 --device cuda --updates 5000 \
+    --json "$results/update_memory_mt10_cuda.json"
+  step routed_modules 260 90 python3 benches/routed_modules.py --device cuda \
+    --json "$results/routed_modules_cuda.json" --plots "$results"
+}
+
+sanitize() {
+  local tool some
+  step compile_report 110 30 python3 -m d2r_fast.kernels.compile_report --json "$results/triton_sm90.json"
+  if ! command -v compute-sanitizer > /dev/null; then
+    echo "== the rest of sanitize is left out: no compute-sanitizer on the PATH (it comes with the CUDA toolkit)"
+    return
+  fi
+  # Every kernel, with tiles that are full and not, rows sorted and not, in every precision.
+  some="(modules_match and (E1-B1- or E2-B17- or E1-B31- or E1-B130-))"
+  some+=" or (routes_match and E2-B7-) or (grouping and sorted) or (accurate and nores)"
+  # Memory straight from the driver, so that a tensor's end is an allocation's end.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for tool in memcheck racecheck; do
+    step "$tool" 180 8 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      python3 -m pytest -q -x -p no:cacheprovider tests/test_triton_kernels.py -k "$some"
+  done
+  # The tests fill fresh memory, which would hide what this one looks for.
+  step initcheck 80 8 compute-sanitizer --tool initcheck --error-exitcode 9 \
+    python3 benches/precision_error.py --device cuda --rows 40
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+}
+
+# train_for NAME SECONDS ARGUMENTS...: train, interrupt it as Ctrl-C would; it then saves, reports and ends by itself.
+train_for() {
+  local name=$1 seconds=$2
+  shift 2
+  step "$name" $((seconds + 60)) 40 timeout --preserve-status -s INT -k 50 "$seconds" \
+    python3 -c 'import sys; from d2r_fast.cli import main; sys.exit(main(["train", *sys.argv[1:]]))' "$@"
+}
+
+train() {
+  local run
+  train_for train_mt10 240 mt10-rand --run-dir "$site/mt10" --eval.every-chunks 20
+  train_for resume_mt10 40 --resume "$site/mt10"
+  train_for train_mt50 75 mt50-rand --run-dir "$site/mt50" --eval.every-chunks 1000 --no-checkpoint-replay
+  for run in mt10 mt50; do
+    if [ -f "$run/metrics.jsonl" ]; then
+      mkdir -p "$results/$run"
+      cp "$run"/*.json "$run"/*.jsonl "$results/$run/"
+      cp "$run"/*.png "$results/$run/" 2> /dev/null || true # a run cut short has none
+    fi
+  done
+  tar -C "$results" -czf "$out/$part.tar.gz" .
+}
+
+rates() {
+  local suite
+  for suite in mt10 mt50; do
+    step "training_$suite" 160 12 python3 benches/training.py --suite "$suite" --device cuda --seconds 80 \
+      --json "$results/training_${suite}_cuda.json"
+  done
+  step rollout_mt10 100 12 python3 benches/rollout.py --suite mt10 --seconds 0.5 --repeats 2 --envs-per-task 1,4 \
+    --json "$results/rollout_mt10.json"
+  step rollout_mt50 100 12 python3 benches/rollout.py --suite mt50 --seconds 0.5 --repeats 2 --envs-per-task 1 \
+    --json "$results/rollout_mt50.json"
+}
+
+for part in "$@"; do
+  case $part in
+    tests | benches | sanitize | train | rates) ;;
+    *) echo "$usage" >&2 && exit 2 ;;
+  esac
+  results=$(mktemp -d -p "$site")
+  step machine 60 6 python3 -c 'import torch, triton; assert torch.cuda.is_available(), "no GPU: torch finds none"
+print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
+  if [ "${#failed[@]}" != 0 ]; then break; fi
+  if [ ! -d build ]; then step build 90 5 python3 setup.py -q build_ext --inplace; fi
+  "$part"
+done
+if [ "${#failed[@]}" != 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
 fi
-exit $status
