@@ -1,5 +1,6 @@
 // What library.cpp asks of the CPU kernels. Letters as everywhere: E networks, B rows, N modules, K kept sources, D width.
 #pragma once
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -14,6 +15,11 @@ struct Sizes {
   bool residual;
 };
 
+// How many of the N modules a row needs, and so how many lines of D numbers its outputs take.
+inline int64_t count_lines(int32_t active, int64_t n_modules) {
+  return std::popcount(static_cast<uint32_t>(active) << (32 - n_modules));
+}
+
 // Modules 1..N-1 of every row that needs them. Route i is slot i-1 of index and gate; it has min(K, i) used slots.
 template <typename T>
 struct ForwardArgs {
@@ -24,8 +30,9 @@ struct ForwardArgs {
   const int32_t* index;    // [E,B,N,K]
   const T* gate;           // [E,B,N,K]
   const int32_t* active;   // [E,B] bit j: module j is needed
-  T* h;                    // [E,N,B,D] module outputs, rows of modules that are not active left as they are; or null
-  bool* opened;            // [E,N,B,D] z_i > 0, the same; null with h
+  const int64_t* begin;    // [E,B] the line at which a row's begin in h and opened; rows must not overlap. Null with h
+  T* h;                    // lines of D numbers: the outputs of a row's active modules, one after another; or null
+  bool* opened;            // in the same places, z_i > 0; null with h
   T* mixed;                // [E,B,D]
 };
 
@@ -38,6 +45,7 @@ struct BackwardArgs {
   const T* gate;
   const bool* flow;        // [E,B,N,K]
   const int32_t* active;
+  const int64_t* begin;    // as in ForwardArgs
   const T* h;
   const bool* opened;
   T* d_h0;                 // [E,B,D]

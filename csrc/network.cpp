@@ -1,6 +1,5 @@
 // Whole networks on the CPU: host side of network_cpu.h.
-#include <bit>
-#include <string>
+#include <vector>
 
 #include "operations.h"
 #include "parallel.h"
@@ -120,6 +119,14 @@ Packed<T> pack_network(const Kernels<T>& kernel, const NetworkSizes& s, const st
   return packed;
 }
 
+// Where each row's lines begin in h and opened: every row has room for all modules, since which of them it needs is known
+// only in the middle of its block. What it does not need is never touched.
+std::vector<int64_t> begin_lines(const Sizes& s) {
+  std::vector<int64_t> begin(s.n_nets * s.n_rows);
+  for (size_t row = 0; row < begin.size(); ++row) begin[row] = static_cast<int64_t>(row) * s.n_modules;
+  return begin;
+}
+
 template <typename T>
 NetworkArgs<T> network_args(const NetworkSizes& s, const Packed<T>& packed, const Tensor& x, const Tensor& task) {
   return {s.n_tasks, s.n_layers, packed.layers.data(), packed.task_rows.get(), const_data<T>(x), const_data<int64_t>(task)};
@@ -151,6 +158,7 @@ void network(Tensor x, Tensor task, std::vector<Tensor> parameters, Tensor tempe
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(bf16);
     const Packed<T> packed = pack_network(kernel, s, parameters, false);
+    const auto begin = keep ? begin_lines(m) : std::vector<int64_t>();
     const RouteArgs<T> route_args{{m.n_modules, m.n_kept},
                                   nullptr,
                                   sampled ? const_data<T>(temperature) : nullptr,
@@ -168,6 +176,7 @@ void network(Tensor x, Tensor task, std::vector<Tensor> parameters, Tensor tempe
                                  const_data<int32_t>(index),
                                  const_data<T>(gate),
                                  const_data<int32_t>(active),
+                                 keep ? begin.data() : nullptr,
                                  keep ? data<T>(h) : nullptr,
                                  keep ? data<bool>(opened) : nullptr,
                                  nullptr};
@@ -203,6 +212,7 @@ void network_backward(Tensor d_out, Tensor to_gate, Tensor x, Tensor task, std::
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(bf16);
     const Packed<T> packed = pack_network(kernel, s, parameters, true);
+    const auto begin = begin_lines(m);
     const int64_t wide = rows * m.width;
     const auto scratch = std::make_unique_for_overwrite<T[]>(2 * wide + routes);
     T* d_mixed = scratch.get();
@@ -213,6 +223,7 @@ void network_backward(Tensor d_out, Tensor to_gate, Tensor x, Tensor task, std::
                                   const_data<T>(gate),
                                   const_data<bool>(flow),
                                   const_data<int32_t>(active),
+                                  begin.data(),
                                   const_data<T>(h),
                                   const_data<bool>(opened),
                                   d_mixed + wide,
@@ -228,7 +239,7 @@ void network_backward(Tensor d_out, Tensor to_gate, Tensor x, Tensor task, std::
       if (i != 2 * kModules) per_row += per_net;
     }
     const auto cost = [&](int64_t row) {
-      return per_row + m.width * m.width * std::popcount(static_cast<uint32_t>(modules.active[row]));
+      return per_row + m.width * m.width * count_lines(modules.active[row], m.n_modules);
     };
     sum_over_rows(m.n_nets, m.n_rows, gradients, cost, [&](int64_t net, int64_t first, int64_t n_rows, T* const* sums) {
       kernel.network_backward(args, net, first, n_rows, sums);

@@ -1,5 +1,5 @@
 // The routed modules on the CPU: host side of routed_modules_cpu.h.
-#include <bit>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -11,13 +11,21 @@
 namespace d2r_fast {
 namespace {
 
+// Rows one after another, each with a line for every active module: the line at which each begins, and how many there are.
+std::vector<int64_t> begin_lines(const Sizes& s, const int32_t* active) {
+  std::vector<int64_t> begin(s.n_nets * s.n_rows + 1);
+  for (size_t row = 0; row + 1 < begin.size(); ++row) begin[row + 1] = begin[row] + count_lines(active[row], s.n_modules);
+  return begin;
+}
+
 // Fresh memory of this size comes page by page from the system; asked for in large pages it comes 512 times less often.
-void prefer_large_pages(const Tensor& tensor, size_t element) {
+// Only for the part that is used, from the tensor's first byte: the rest then takes no memory.
+void prefer_large_pages(const Tensor& tensor, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kLargePage = 2 << 20;
   const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
   const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t last = (begin + tensor.numel() * element) / kLargePage * kLargePage;
+  const uintptr_t last = (begin + bytes) / kLargePage * kLargePage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
@@ -51,8 +59,9 @@ void routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor 
   with_dtype(h0, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(bf16);
-    if (keep) prefer_large_pages(h, sizeof(T));
-    if (keep) prefer_large_pages(opened, sizeof(bool));
+    const auto begin = keep ? begin_lines(s, const_data<int32_t>(active)) : std::vector<int64_t>();
+    if (keep) prefer_large_pages(h, begin.back() * s.width * sizeof(T));
+    if (keep) prefer_large_pages(opened, begin.back() * s.width * sizeof(bool));
     const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets * (s.n_modules - 1), s.width, s.width, false);
     const ForwardArgs<T> args{s,
                               const_data<T>(h0),
@@ -61,6 +70,7 @@ void routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor 
                               const_data<int32_t>(index),
                               const_data<T>(gate),
                               const_data<int32_t>(active),
+                              keep ? begin.data() : nullptr,
                               keep ? data<T>(h) : nullptr,
                               keep ? data<bool>(opened) : nullptr,
                               data<T>(mixed)};
@@ -94,6 +104,7 @@ void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(bf16);
     const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets * (s.n_modules - 1), s.width, s.width, true);
+    const auto begin = begin_lines(s, const_data<int32_t>(active));
     const BackwardArgs<T> args{s,
                                const_data<T>(d_mixed),
                                panels.get(),
@@ -101,13 +112,14 @@ void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor
                                const_data<T>(gate),
                                const_data<bool>(flow),
                                const_data<int32_t>(active),
+                               begin.data(),
                                const_data<T>(h),
                                const_data<bool>(opened),
                                data<T>(d_h0),
                                data<T>(d_gate)};
     const std::vector<Gradient<T>> gradients{{to_weight ? data<T>(d_weight) : nullptr, weights / s.n_nets},
                                              {to_weight ? data<T>(d_bias) : nullptr, biases / s.n_nets}};
-    const auto cost = [&](int64_t row) { return std::popcount(static_cast<uint32_t>(args.active[row])); };
+    const auto cost = [&](int64_t row) { return count_lines(args.active[row], s.n_modules); };
     sum_over_rows(s.n_nets, s.n_rows, gradients, cost, [&](int64_t net, int64_t first, int64_t n_rows, T* const* sums) {
       kernel.backward(args, net, first, n_rows, sums[0], sums[1]);
     });

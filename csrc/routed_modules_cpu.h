@@ -2,34 +2,36 @@
 //
 // A module's rows of the block are gathered into tiles of kTileRows, multiplied while they lie in the first-level cache,
 // and scattered back: compaction costs the gather that routing needs anyway, and no buffer is larger than the block.
+//
+// What is kept of a row, its modules' outputs and their gradients, lies in one piece: a line of width numbers for each
+// module that is active, in their order. Lines of modules that are not active do not exist.
 #pragma once
 #include <algorithm>
+#include <bit>
 
 #include "workspace.h"
 
 namespace d2r_fast::D2R_ISA {
 
-// x = sum of the kept sources, source s of the row at h + s * module_stride.
+// Which of the row's lines is the module's.
+inline int64_t line_of(int32_t active, int64_t module) {
+  return std::popcount(static_cast<uint32_t>(active) & ((uint32_t{1} << module) - 1));
+}
+
+// The line at which each row of a block begins if the rows lie one after another; returns how many lines that takes.
+inline int64_t begin_lines(const int32_t* active, int64_t n_rows, int64_t n_modules, int64_t* begin) {
+  int64_t n = 0;
+  for (int64_t row = 0; row < n_rows; ++row) {
+    begin[row] = n;
+    n += count_lines(active[row], n_modules);
+  }
+  return n;
+}
+
+// Asks for n numbers of memory before they are needed.
 template <typename T>
-inline void mix_sources(const T* h, int64_t module_stride, const int32_t* index, const T* gate, int64_t kept, int64_t width,
-                        T* x) {
-  const T* a = h + index[0] * module_stride;
-  const T gate_a = gate[0];
-  if (kept == 1) {
-#pragma omp simd
-    for (int64_t j = 0; j < width; ++j) x[j] = gate_a * a[j];
-    return;
-  }
-  const T* b = h + index[1] * module_stride;
-  const T gate_b = gate[1];
-#pragma omp simd
-  for (int64_t j = 0; j < width; ++j) x[j] = gate_a * a[j] + gate_b * b[j];
-  for (int64_t k = 2; k < kept; ++k) {
-    const T* c = h + index[k] * module_stride;
-    const T gate_c = gate[k];
-#pragma omp simd
-    for (int64_t j = 0; j < width; ++j) x[j] += gate_c * c[j];
-  }
+inline void prefetch(const T* from, int64_t n) {
+  for (int64_t j = 0; j < n; j += 64 / sizeof(T)) __builtin_prefetch(from + j, 0, 2);
 }
 
 // The rows of a block that need `module`, in order; returns how many.
@@ -42,44 +44,71 @@ inline int64_t rows_of_module(const int32_t* active, int64_t n_rows, int64_t mod
   return n;
 }
 
+// x = sum of the kept sources of one route; h holds the row's lines.
+template <typename T>
+inline void mix_sources(const T* h, int32_t active, const int32_t* index, const T* gate, int64_t kept, int64_t width, T* x) {
+  const T* a = h + line_of(active, index[0]) * width;
+  const T gate_a = gate[0];
+  if (kept == 1) {
+#pragma omp simd
+    for (int64_t j = 0; j < width; ++j) x[j] = gate_a * a[j];
+    return;
+  }
+  const T* b = h + line_of(active, index[1]) * width;
+  const T gate_b = gate[1];
+#pragma omp simd
+  for (int64_t j = 0; j < width; ++j) x[j] = gate_a * a[j] + gate_b * b[j];
+  for (int64_t k = 2; k < kept; ++k) {
+    const T* c = h + line_of(active, index[k]) * width;
+    const T gate_c = gate[k];
+#pragma omp simd
+    for (int64_t j = 0; j < width; ++j) x[j] += gate_c * c[j];
+  }
+}
+
 template <typename T, typename Products>
 void forward(const ForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows) {
   const auto [n_nets, n_all, n_modules, n_kept, width, residual] = args.size;
   const int64_t routes = n_modules * n_kept, at = net * n_all + first;
   const int64_t stride = row_stride<T>(width), tile = kTileRows * kTileStride<T>;
   Workspace& workspace = Workspace::of_this_thread();
-  workspace.reserve(sizeof(T) * (2 * tile + stride + (args.h ? 0 : n_modules * n_rows * stride)) + 4 * n_rows + 1024);
+  workspace.reserve(sizeof(T) * (2 * tile + stride + (args.h ? 0 : n_modules * n_rows * width)) + 12 * n_rows + 1024);
   T* x = workspace.take<T>(tile);
   T* z = workspace.take<T>(tile);
   T* bias = workspace.take<T>(stride);
   int32_t* rows = workspace.take<int32_t>(n_rows);
-  // Without a backward pass the block's module outputs never leave the cache.
-  T* h = args.h ? args.h + (net * n_modules * n_all + first) * width : workspace.take<T>(n_modules * n_rows * stride);
-  bool* opened = args.h ? args.opened + (net * n_modules * n_all + first) * width : nullptr;
-  const int64_t h_row = args.h ? width : stride, h_module = args.h ? n_all * width : n_rows * stride;
+  int64_t* lines = workspace.take<int64_t>(n_rows);
   const int32_t* active = args.active + at;
+  const int64_t* begin = args.begin + at;
+  T* h = args.h;
+  if (!h) {  // without a backward pass the block's module outputs never leave the cache
+    h = workspace.take<T>(begin_lines(active, n_rows, n_modules, lines) * width);
+    begin = lines;
+  }
   std::fill_n(bias, stride, T(0));
 
   for (int64_t row = 0; row < n_rows; ++row) {
     const T* h0 = args.h0 + (at + row) * width;
-    std::copy_n(h0, width, h + row * h_row);
-    for (int64_t j = 0; opened && j < width; ++j) opened[row * h_row + j] = h0[j] > 0;  // unused, but never undefined
+    std::copy_n(h0, width, h + begin[row] * width);
+    if (!args.h) continue;
+    bool* opened = args.opened + begin[row] * width;
+    for (int64_t j = 0; j < width; ++j) opened[j] = h0[j] > 0;  // unused, but never undefined
   }
   for (int64_t i = 1; i < n_modules; ++i) {
     const int64_t module = net * (n_modules - 1) + i - 1, kept = std::min(n_kept, i);
     const std::byte* panels = args.panels + module * Products::packed_bytes(width, width);
     std::copy_n(args.bias + module * width, width, bias);
-    const int64_t n = rows_of_module(active, n_rows, i, rows);
-    for (int64_t begin = 0; begin < n; begin += kTileRows) {
-      const int64_t in_tile = std::min<int64_t>(kTileRows, n - begin);
+    for_each_tile(rows_of_module(active, n_rows, i, rows), [&](int64_t from, int64_t in_tile) {
       for (int64_t r = 0; r < in_tile; ++r) {
-        const int64_t row = rows[begin + r], slot = (at + row) * routes + (i - 1) * n_kept;
-        mix_sources(h + row * h_row, h_module, args.index + slot, args.gate + slot, kept, width, x + r * kTileStride<T>);
+        const int64_t row = rows[from + r], slot = (at + row) * routes + (i - 1) * n_kept;
+        mix_sources(h + begin[row] * width, active[row], args.index + slot, args.gate + slot, kept, width,
+                    x + r * kTileStride<T>);
       }
       Products::multiply(in_tile, x, panels, width, width, bias, z);
       for (int64_t r = 0; r < in_tile; ++r) {
+        const int64_t row = rows[from + r], line = (begin[row] + line_of(active[row], i)) * width;
         const T *z_row = z + r * kTileStride<T>, *x_row = x + r * kTileStride<T>;
-        T* out = h + i * h_module + rows[begin + r] * h_row;
+        T* out = h + line;
         // A NaN stays one: z < 0 is false for it.
         if (residual) {
 #pragma omp simd
@@ -88,110 +117,162 @@ void forward(const ForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_r
 #pragma omp simd
           for (int64_t j = 0; j < width; ++j) out[j] = z_row[j] < 0 ? T(0) : z_row[j];
         }
-        if (!opened) continue;
-        bool* open_row = opened + i * h_module + rows[begin + r] * h_row;
+        if (!args.h) continue;
+        bool* opened = args.opened + line;
 #pragma omp simd
-        for (int64_t j = 0; j < width; ++j) open_row[j] = z_row[j] > 0;
+        for (int64_t j = 0; j < width; ++j) opened[j] = z_row[j] > 0;
       }
-    }
+    });
   }
   for (int64_t row = 0; row < n_rows; ++row) {
     const int64_t slot = (at + row) * routes + (n_modules - 1) * n_kept;
-    mix_sources(h + row * h_row, h_module, args.index + slot, args.gate + slot, std::min(n_kept, n_modules), width,
+    mix_sources(h + begin[row] * width, active[row], args.index + slot, args.gate + slot, std::min(n_kept, n_modules), width,
                 args.mixed + (at + row) * width);
   }
 }
 
-// One kept source of one route: both adjoints of the source, this gate's gradient, and the route's input x once more.
-// d_main reaches x through the module's layer, d_res through its residual (null: there is none).
-template <typename T, bool kResidual, bool kFirst>
-inline T push(const T* d_main, const T* d_res, const T* source, T gate, T flow, int64_t width, T* to_relu, T* to_residual,
-              T* x) {
-  T d_gate = 0;
-#pragma omp simd reduction(+ : d_gate)
-  for (int64_t j = 0; j < width; ++j) {
-    const T main = d_main[j], rest = kResidual ? d_res[j] : T(0), all = main + rest, h = source[j];
-    to_relu[j] += gate * (flow * main + rest);
-    to_residual[j] += gate * all;
-    d_gate += all * h;
-    x[j] = kFirst ? gate * h : x[j] + gate * h;
+// One route's use of a source, once the gradient at the route's input x is known.
+template <typename T>
+struct Use {
+  const T* all;      // the gradient at x, through the route's layer and its residual
+  const T* to_relu;  // what of it may enter the source's ReLU layer
+  T gate;
+  T* d_gate;
+  const Use* next;   // another use of the same source
+};
+
+// What one or two uses (b null) give their source: A, which enters its ReLU layer, S, which passes its residual (if it
+// has one), and both gates' gradients. kFirst: A and S start here.
+template <bool kResidual, bool kFirst, typename T>
+inline void pull_uses(const Use<T>& a, const Use<T>* b, const T* h, int64_t width, T* to_relu, T* to_residual) {
+  const T *all_a = a.all, *relu_a = a.to_relu, gate_a = a.gate;
+  T d_gate_a = 0, d_gate_b = 0;
+  if (!b) {
+#pragma omp simd reduction(+ : d_gate_a)
+    for (int64_t j = 0; j < width; ++j) {
+      to_relu[j] = (kFirst ? T(0) : to_relu[j]) + gate_a * relu_a[j];
+      if (kResidual) to_residual[j] = (kFirst ? T(0) : to_residual[j]) + gate_a * all_a[j];
+      d_gate_a += all_a[j] * h[j];
+    }
+    *a.d_gate = d_gate_a;
+    return;
   }
-  return d_gate;
+  const T *all_b = b->all, *relu_b = b->to_relu, gate_b = b->gate;
+#pragma omp simd reduction(+ : d_gate_a, d_gate_b)
+  for (int64_t j = 0; j < width; ++j) {
+    const T h_j = h[j];
+    to_relu[j] = (kFirst ? T(0) : to_relu[j]) + gate_a * relu_a[j] + gate_b * relu_b[j];
+    if (kResidual) to_residual[j] = (kFirst ? T(0) : to_residual[j]) + gate_a * all_a[j] + gate_b * all_b[j];
+    d_gate_a += all_a[j] * h_j;
+    d_gate_b += all_b[j] * h_j;
+  }
+  *a.d_gate = d_gate_a;
+  *b->d_gate = d_gate_b;
+}
+
+// A, S and the gates' gradients of one source from all its uses; one without any, which no route reaches, gets zeros.
+template <bool kResidual, typename T>
+inline void pull(const Use<T>* use, const T* h, int64_t width, T* to_relu, T* to_residual) {
+  if (!use) {
+    std::fill_n(to_relu, width, T(0));
+    if (kResidual) std::fill_n(to_residual, width, T(0));
+    return;
+  }
+  pull_uses<kResidual, true>(*use, use->next, h, width, to_relu, to_residual);
+  while (use->next && (use = use->next->next))
+    pull_uses<kResidual, false>(*use, use->next, h, width, to_relu, to_residual);
 }
 
 template <typename T, typename Products>
 void backward(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* d_weight, T* d_bias) {
   const auto [n_nets, n_all, n_modules, n_kept, width, residual] = args.size;
   const int64_t routes = n_modules * n_kept, at = net * n_all + first;
-  const int64_t stride = row_stride<T>(width), tile = kTileRows * kTileStride<T>, adjoint_module = n_rows * stride;
+  const int64_t stride = row_stride<T>(width), tile = kTileRows * kTileStride<T>;
+  const int32_t* active = args.active + at;
   Workspace& workspace = Workspace::of_this_thread();
-  workspace.reserve(sizeof(T) * (2 * tile + 2 * n_modules * adjoint_module + 2 * n_rows * stride +
+  workspace.reserve(sizeof(T) * (2 * tile + (2 * n_modules * n_rows + 1) * width + 2 * n_rows * stride +
                                  Products::scratch(n_rows, 2 * stride)) +
-                    4 * n_rows + 1024);
+                    n_rows * (12 + n_modules * sizeof(void*) + routes * sizeof(Use<T>)) + 1024);
+  int32_t* rows = workspace.take<int32_t>(n_rows);
+  int64_t* begin = workspace.take<int64_t>(n_rows);
+  Use<T>* uses = workspace.take<Use<T>>(n_rows * routes);
+  const Use<T>** uses_of = workspace.take<const Use<T>*>(n_rows * n_modules);  // of each source the latest
   T* dz_tile = workspace.take<T>(tile);
   T* dx_tile = workspace.take<T>(tile);
-  T* to_relu = workspace.take<T>(n_modules * adjoint_module);      // A: reaches a module's ReLU layer
-  T* to_residual = workspace.take<T>(n_modules * adjoint_module);  // S: reaches a module's residual
-  T* dz_rows = workspace.take<T>(n_rows * stride);                 // a module's rows, one after another
+  T* dz_rows = workspace.take<T>(n_rows * stride);  // a module's rows, one after another
   T* x_rows = workspace.take<T>(n_rows * stride);
+  T* zeros = workspace.take<T>(width);
   T* scratch = workspace.take<T>(Products::scratch(n_rows, 2 * stride));
-  int32_t* rows = workspace.take<int32_t>(n_rows);
-  const T* h = args.h + (net * n_modules * n_all + first) * width;
-  const auto* opened = reinterpret_cast<const uint8_t*>(args.opened) + (net * n_modules * n_all + first) * width;
-  const int64_t h_module = n_all * width;
-  const int32_t* active = args.active + at;
-
-  for (int64_t module = 0; module < n_modules; ++module) {
-    const int64_t n = rows_of_module(active, n_rows, module, rows);
-    for (int64_t r = 0; r < n; ++r) {
-      std::fill_n(to_relu + module * adjoint_module + rows[r] * stride, width, T(0));
-      std::fill_n(to_residual + module * adjoint_module + rows[r] * stride, width, T(0));
-    }
-  }
+  // Lines like those of h: the gradient at each module's input, and its part through the residual, which is S.
+  const int64_t n_lines = begin_lines(active, n_rows, n_modules, begin);
+  T* d_all = workspace.take<T>(n_lines * width);
+  T* d_residual = workspace.take<T>(residual ? n_lines * width : 0);
+  std::fill_n(uses_of, n_rows * n_modules, nullptr);
+  std::fill_n(zeros, width, T(0));
   std::fill_n(args.d_gate + at * routes, n_rows * routes, T(0));
 
-  const auto push_route = [&](int64_t i, int64_t row, const T* d_main, const T* d_res, T* x) {
+  // Route i's input has the gradient `all`; of it `residual_part` came through the residual, past the flow mask.
+  const auto use_sources = [&](int64_t i, int64_t row, const T* all, const T* residual_part) {
     for (int64_t k = 0; k < std::min(n_kept, i); ++k) {
-      const int64_t slot = (at + row) * routes + (i - 1) * n_kept + k, source = args.index[slot];
-      const auto step = d_res ? (k ? push<T, true, false> : push<T, true, true>)
-                              : (k ? push<T, false, false> : push<T, false, true>);
-      args.d_gate[slot] = step(d_main, d_res, h + source * h_module + row * width, args.gate[slot], T(args.flow[slot]), width,
-                               to_relu + source * adjoint_module + row * stride,
-                               to_residual + source * adjoint_module + row * stride, x);
+      const int64_t of_row = (i - 1) * n_kept + k, slot = (at + row) * routes + of_row;
+      const Use<T>*& latest = uses_of[row * n_modules + args.index[slot]];
+      uses[row * routes + of_row] = {all, args.flow[slot] ? all : residual_part, args.gate[slot], args.d_gate + slot, latest};
+      latest = uses + row * routes + of_row;
     }
   };
 
-  for (int64_t row = 0; row < n_rows; ++row) push_route(n_modules, row, args.d_mixed + (at + row) * width, nullptr, x_rows);
+  for (int64_t row = 0; row < n_rows; ++row) {
+    const int64_t n = count_lines(active[row], n_modules) * width;
+    prefetch(args.h + args.begin[at + row] * width, n);
+    prefetch(args.opened + args.begin[at + row] * width, n);
+    use_sources(n_modules, row, args.d_mixed + (at + row) * width, zeros);
+  }
   for (int64_t i = n_modules - 1; i > 0; --i) {
     const std::byte* panels = args.panels + (net * (n_modules - 1) + i - 1) * Products::packed_bytes(width, width);
     T* d_bias_i = d_bias ? d_bias + (i - 1) * width : nullptr;
     const int64_t n = rows_of_module(active, n_rows, i, rows);
-    for (int64_t begin = 0; begin < n; begin += kTileRows) {
-      const int64_t in_tile = std::min<int64_t>(kTileRows, n - begin);
+    for_each_tile(n, [&](int64_t from, int64_t in_tile) {
       for (int64_t r = 0; r < in_tile; ++r) {
-        const int64_t row = rows[begin + r];
-        const T* a = to_relu + i * adjoint_module + row * stride;
-        const uint8_t* open_row = opened + i * h_module + row * width;
-        T *dz = dz_tile + r * kTileStride<T>, *dz_kept = dz_rows + (begin + r) * stride;
+        const int64_t row = rows[from + r], line = line_of(active[row], i), kept = (args.begin[at + row] + line) * width;
+        const auto* opened = reinterpret_cast<const uint8_t*>(args.opened) + kept;
+        T *dz = dz_tile + r * kTileStride<T>, *dz_kept = dz_rows + (from + r) * stride;
+        const Use<T>* use = uses_of[row * n_modules + i];
+        if (residual)
+          pull<true>(use, args.h + kept, width, dz_kept, d_residual + (begin[row] + line) * width);
+        else
+          pull<false, T>(use, args.h + kept, width, dz_kept, nullptr);
         // Multiplied, not chosen: compilers turn the choice into a branch, which half of the elements mispredict.
 #pragma omp simd
-        for (int64_t j = 0; j < width; ++j) dz_kept[j] = dz[j] = a[j] * static_cast<T>(open_row[j]);
+        for (int64_t j = 0; j < width; ++j) dz[j] = dz_kept[j] *= static_cast<T>(opened[j]);
         if (!d_bias_i) continue;
 #pragma omp simd
         for (int64_t j = 0; j < width; ++j) d_bias_i[j] += dz_kept[j];
       }
       Products::multiply(in_tile, dz_tile, panels, width, width, nullptr, dx_tile);
       for (int64_t r = 0; r < in_tile; ++r) {
-        const int64_t row = rows[begin + r];
-        const T* d_res = residual ? to_residual + i * adjoint_module + row * stride : nullptr;
-        push_route(i, row, dx_tile + r * kTileStride<T>, d_res, x_rows + (begin + r) * stride);
+        const int64_t row = rows[from + r], slot = (at + row) * routes + (i - 1) * n_kept;
+        const int64_t line = (begin[row] + line_of(active[row], i)) * width;
+        const T *dx = dx_tile + r * kTileStride<T>, *through = residual ? d_residual + line : zeros;
+        T* all = d_all + line;
+        if (residual) {
+#pragma omp simd
+          for (int64_t j = 0; j < width; ++j) all[j] = dx[j] + through[j];
+        } else {
+          std::copy_n(dx, width, all);
+        }
+        use_sources(i, row, all, through);
+        if (d_weight)
+          mix_sources(args.h + args.begin[at + row] * width, active[row], args.index + slot, args.gate + slot,
+                      std::min(n_kept, i), width, x_rows + (from + r) * stride);
       }
-    }
+    });
     if (d_weight && n)
       Products::add_outer(n, {dz_rows, stride, width}, {x_rows, stride, width}, d_weight + (i - 1) * width * width, scratch);
   }
-  // Module 0 has no residual: what reached it through one is dropped.
-  for (int64_t row = 0; row < n_rows; ++row) std::copy_n(to_relu + row * stride, width, args.d_h0 + (at + row) * width);
+  // Module 0 has no residual: what would pass it is dropped.
+  for (int64_t row = 0; row < n_rows; ++row)
+    pull<false, T>(uses_of[row * n_modules], args.h + args.begin[at + row] * width, width, args.d_h0 + (at + row) * width,
+                   nullptr);
 }
 
 }  // namespace d2r_fast::D2R_ISA

@@ -183,13 +183,22 @@ inline void add_transposed_product(int64_t depth, Rows<typename Step::Element> a
 }
 
 // A weight as panels of columns of B, each with its `depth` steps one after another; element(k, column) says what B holds.
-// Column by column: the weight is then read in the order in which it lies for a forward product.
-template <typename E, typename Element>
+// kByStep: step by step, else column by column: the order in which the weight lies.
+template <bool kByStep, typename E, typename Element>
 inline void pack_panels(int64_t depth, int64_t columns, E* panel, const Element& element) {
   constexpr int64_t width = kPanel<E>;
-  for (int64_t first = 0; first < columns; first += width, panel += depth * width)
-    for (int64_t j = 0; j < width; ++j)
-      for (int64_t k = 0; k < depth; ++k) panel[k * width + j] = first + j < columns ? element(k, first + j) : E(0);
+  for (int64_t first = 0; first < columns; first += width, panel += depth * width) {
+    const auto pack = [&](int64_t k, int64_t j) {
+      panel[k * width + j] = first + j < columns ? element(k, first + j) : E(0);
+    };
+    if constexpr (kByStep) {
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t j = 0; j < width; ++j) pack(k, j);
+    } else {
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t k = 0; k < depth; ++k) pack(k, j);
+    }
+  }
 }
 
 // Products of operands as they are stored. Weights are [n_out, n_in]: forward multiplies by W^T, backward by W.
@@ -200,9 +209,9 @@ struct PlainProducts {
   static void pack_weight(const T* weight, int64_t n_out, int64_t n_in, bool backward, std::byte* panels) {
     T* to = reinterpret_cast<T*>(panels);
     if (backward)
-      pack_panels(n_out, n_in, to, [=](int64_t k, int64_t j) { return weight[k * n_in + j]; });
+      pack_panels<true>(n_out, n_in, to, [=](int64_t k, int64_t j) { return weight[k * n_in + j]; });
     else
-      pack_panels(n_in, n_out, to, [=](int64_t k, int64_t j) { return weight[j * n_in + k]; });
+      pack_panels<false>(n_in, n_out, to, [=](int64_t k, int64_t j) { return weight[j * n_in + k]; });
   }
 
   static void multiply(int64_t n_rows, const T* a, const std::byte* panels, int64_t depth, int64_t columns, const T* start,
@@ -229,8 +238,12 @@ struct Bf16Products {
     const auto at = [=](int64_t k, int64_t j) {
       return k >= depth ? 0.0f : backward ? weight[k * n_in + j] : weight[j * n_in + k];
     };
-    pack_panels((depth + 1) / 2, columns, reinterpret_cast<uint32_t*>(panels),
-                [=](int64_t k, int64_t j) { return pair(at(2 * k, j), at(2 * k + 1, j)); });
+    const auto pairs = [=](int64_t k, int64_t j) { return pair(at(2 * k, j), at(2 * k + 1, j)); };
+    uint32_t* to = reinterpret_cast<uint32_t*>(panels);
+    if (backward)
+      pack_panels<true>((depth + 1) / 2, columns, to, pairs);
+    else
+      pack_panels<false>((depth + 1) / 2, columns, to, pairs);
   }
 
   static void multiply(int64_t n_rows, const float* a, const std::byte* panels, int64_t depth, int64_t columns,

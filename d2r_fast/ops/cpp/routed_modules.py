@@ -17,9 +17,10 @@ def forward(
     precision: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Modules' mixed output [E,B,D], and for backward h [E,N,B,D] and opened [E,N,B,D] bool (z > 0), or two empty ones.
+    """Modules' mixed output [E,B,D], and for backward h and opened (bool, z > 0), or two empty ones.
 
-    Rows of modules that are not active are left as they were allocated.
+    Both have room for E*N*B lines of D numbers, but only those of active modules are stored, row by row from the start:
+    memory past the last is never touched, and where the system hands out pages on demand it is never taken.
     """
     n_nets, rows, width = h0.shape
     kept_shape = (n_nets, index.shape[2], rows, width) if keep else (0,)
