@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 #if defined(__AVX512BF16__)
@@ -41,6 +42,35 @@ inline Vector<T>& vector_at(T* p) {
 template <typename T>
 inline const Vector<T>& vector_at(const T* p) {
   return *reinterpret_cast<const Vector<T>*>(p);
+}
+
+// One vector as a value; unlike Vector it may be a template's argument. V may be T itself, for what is left of a row.
+template <typename T>
+struct LanesOf {
+  typedef T Type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Lanes = typename LanesOf<T>::Type;
+
+template <typename V, typename T>
+inline V load(const T* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+template <typename V, typename T>
+inline void store(T* to, const V& value) {
+  std::memcpy(to, &value, sizeof(V));
+}
+
+// By halves: a sum lane by lane would wait for every addition.
+template <typename T>
+inline T sum_of_lanes(const Lanes<T>& value) {
+  T lanes[kLanes<T>];
+  std::memcpy(lanes, &value, sizeof(lanes));
+  for (int n = kLanes<T> / 2; n > 0; n /= 2)
+    for (int j = 0; j < n; ++j) lanes[j] += lanes[j + n];
+  return lanes[0];
 }
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -158,6 +188,8 @@ inline void add_transposed_product(int64_t depth, Rows<typename Step::Element> a
         const auto *a_at = a.at + top, *b_at = b.at + first;
         const int64_t columns = b.columns - first;
         if (columns >= kPanel<T>) {
+          // The sum is too large for the first-level cache: its next tile is asked for while this one is multiplied.
+          for (int r = 0; r < rows(); ++r) __builtin_prefetch(c + r * b.columns + kPanel<T>);
           tile_product<Step, rows(), true, Start::kLoad>(depth, a_at, a.stride, b_at, b.stride, c, b.columns, nullptr);
           continue;
         }
