@@ -104,6 +104,11 @@ void forward(const ForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_r
         mix_sources(h + begin[row] * width, active[row], args.index + slot, args.gate + slot, kept, width,
                     x + r * kTileStride<T>);
       }
+      for (int64_t r = from; args.h && r < from + in_tile; ++r) {  // soon written, and so far in no cache
+        const int64_t line = (begin[rows[r]] + line_of(active[rows[r]], i)) * width;
+        prefetch(args.h + line, width);
+        prefetch(args.opened + line, width);
+      }
       Products::multiply(in_tile, x, panels, width, width, bias, z);
       for (int64_t r = 0; r < in_tile; ++r) {
         const int64_t row = rows[from + r], line = (begin[row] + line_of(active[row], i)) * width;
