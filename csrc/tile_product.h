@@ -2,7 +2,6 @@
 #pragma once
 #include <algorithm>
 #include <bit>
-#include <cstring>
 #include <type_traits>
 #include <utility>
 #if defined(__AVX512BF16__)
@@ -10,68 +9,19 @@
 #endif
 
 #include "kernels.h"
+#include "vectors.h"
 
 namespace d2r_fast::D2R_ISA {
 
 // kTileRows x kPanel accumulators, kPanel values of B and one of A fill the vector registers: 32 or 16 of them.
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kTileRows = 12;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kTileRows = 6;
+constexpr int kTileRows = 12;
 #else
-constexpr int kVectorBytes = 16, kTileRows = 6;
+constexpr int kTileRows = 6;
 #endif
 constexpr int kPanelVectors = 2;
-
-template <typename T>
-struct VectorOf {
-  // May lie anywhere an element may, and alias it.
-  typedef T Type __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
-};
-template <typename T>
-using Vector = typename VectorOf<T>::Type;
-template <typename T>
-constexpr int kLanes = kVectorBytes / sizeof(T);
 template <typename T>
 constexpr int kPanel = kPanelVectors * kLanes<T>;
-
-template <typename T>
-inline Vector<T>& vector_at(T* p) {
-  return *reinterpret_cast<Vector<T>*>(p);
-}
-template <typename T>
-inline const Vector<T>& vector_at(const T* p) {
-  return *reinterpret_cast<const Vector<T>*>(p);
-}
-
-// One vector as a value; unlike Vector it may be a template's argument. V may be T itself, for what is left of a row.
-template <typename T>
-struct LanesOf {
-  typedef T Type __attribute__((vector_size(kVectorBytes)));
-};
-template <typename T>
-using Lanes = typename LanesOf<T>::Type;
-
-template <typename V, typename T>
-inline V load(const T* from) {
-  V value;
-  std::memcpy(&value, from, sizeof(V));
-  return value;
-}
-template <typename V, typename T>
-inline void store(T* to, const V& value) {
-  std::memcpy(to, &value, sizeof(V));
-}
-
-// By halves: a sum lane by lane would wait for every addition.
-template <typename T>
-inline T sum_of_lanes(const Lanes<T>& value) {
-  T lanes[kLanes<T>];
-  std::memcpy(lanes, &value, sizeof(lanes));
-  for (int n = kLanes<T> / 2; n > 0; n /= 2)
-    for (int j = 0; j < n; ++j) lanes[j] += lanes[j + n];
-  return lanes[0];
-}
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
