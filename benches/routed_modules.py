@@ -21,8 +21,9 @@ from routed_case import Case, Sizes, make_case, routes_with_active, sampled_rout
 from timing import Run, graphed, matmul, matmul_flop, measure, print_table, write_report
 from torch import Tensor
 
-from d2r_fast import Routes, routed_modules
+from d2r_fast import Routes, count_active, routed_modules
 from d2r_fast.ops.backends import availability
+from d2r_fast.ops.cpp.library import has_bf16_products
 
 ROWS = (256, 512, 1280, 4096, 16384)
 MODULES = (4, 8, 16, 32)
@@ -137,10 +138,13 @@ def sweep(sizes: Sizes, device: str, fast: str, rounds: int) -> list[dict[str, A
     rows = []
     for axis, value, case in points:
         ops = {name: partial(routed_modules, backend=name) for name in (fast, "reference")}
+        # A median of few small calls would be the machine's mood; the reference takes seconds where rows are many.
         few = max(3, rounds // 3 if case.h0.shape[1] <= 4096 else rounds // 6)
+        count = {fast: max(10, rounds, rounds * sizes.b // case.h0.shape[1]), "reference": few}
         # One after the other: the reference's gigabytes of temporaries would make the other's fresh memory slow.
         samples = {
-            name: measure({name: calls(op, case, True)}, device, few, warmup=3)[name] for name, op in ops.items()
+            name: measure({name: calls(op, case, True)}, device, count[name], warmup=max(3, count[name] // 5))[name]
+            for name, op in ops.items()
         }
         for name, measured in samples.items():
             ratio = round(samples["reference"].median / measured.median, 2)
@@ -150,6 +154,12 @@ def sweep(sizes: Sizes, device: str, fast: str, rounds: int) -> list[dict[str, A
                 | {"us_per_row": round(1e3 * measured.median / case.h0.shape[1], 3)}
             )
     return rows
+
+
+def spread(swept: list[dict[str, Any]], fast: str) -> float:
+    """The dearest row count's time a row over the cheapest's: 1 where time is linear in rows."""
+    us = [row["us_per_row"] for row in swept if row["axis"] == "rows" and row["variant"] == fast]
+    return max(us) / min(us)
 
 
 def extra_memory_mib(op: Any, case: Case) -> float:
@@ -205,6 +215,9 @@ def main() -> None:
     torch.manual_seed(0)
     sizes = Sizes(b=args.rows)
     precisions = ["float32", "bf16"] if fast == "cpp" else ["float32", "tf32", "bf16"]
+    if fast == "cpp" and not has_bf16_products():
+        precisions = ["float32"]
+        print("no cpp-bf16: this processor has no bf16 products, so it would be the float32 variant again")
     rows = table(sizes, args.device, fast, precisions, args.rounds)
     print(f"\n{sizes.text}, {args.device}, matrix products alone {rows[0]['matmul_gflops']} GFLOP/s")
     columns = ["variant", "active", "direction", "median_ms", "p10_ms", "p90_ms", "ratio_to_reference", "over_floor"]
@@ -212,17 +225,19 @@ def main() -> None:
     swept = sweep(sizes, args.device, fast, args.rounds)
     print()
     print_table(swept, ["variant", "axis", "value", "median_ms", "ratio_to_reference", "us_per_row"])
+    linear = spread(swept, fast)
+    print(f"\n{fast}, us_per_row over {ROWS[0]} to {ROWS[-1]} rows: max / min {linear:.3f}")
     memory = {}
     if args.device == "cpu":
         case = make_case(sizes, sampled_routes(sizes, "cpu"), "cpu")
-        kept = sizes.e * sizes.b * sizes.n * sizes.d * (4 + 1) / 2**20
+        kept = int(count_active(case.routes.active, sizes.n).sum()) * sizes.d * (4 + 1) / 2**20
         extra = extra_memory_mib(partial(routed_modules, backend=fast), case)
         memory = {"extra_memory_mib": round(extra, 1), "saved_activations_mib": round(kept, 1)}
         print(f"\npeak above rest {extra:.0f} MiB, of which saved for backward {kept:.0f} MiB")
     if args.plots:
         plot(swept, args.plots, args.device)
     command = "python " + " ".join(["benches/routed_modules.py", *sys.argv[1:]])
-    write_report(args.json, command, args.device, [*rows, *swept], **memory)
+    write_report(args.json, command, args.device, [*rows, *swept], us_per_row_max_over_min=round(linear, 3), **memory)
 
 
 if __name__ == "__main__":

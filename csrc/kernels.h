@@ -147,7 +147,8 @@ struct KernelSet {
   const Kernels<float>* bf16;  // products of bf16 operands, accumulated in float32; null where the processor has none
 };
 
-// Rows that one call of forward or backward should get: their adjoints then stay in the second-level cache.
+// Rows that one call of forward or backward should get: what backward computes of them stays in a second-level cache of
+// 512 KB, where blocks of 48 and of 128 rows took 2% to 12% longer.
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kMaxWidth = 1024;
 constexpr int64_t kMaxModules = 32;

@@ -9,13 +9,14 @@
 #include <algorithm>
 #include <bit>
 
+#include "route_uses.h"
 #include "workspace.h"
 
 namespace d2r_fast::D2R_ISA {
 
 // Which of the row's lines is the module's.
 inline int64_t line_of(int32_t active, int64_t module) {
-  return std::popcount(static_cast<uint32_t>(active) & ((uint32_t{1} << module) - 1));
+  return std::popcount(static_cast<uint32_t>(active) & ((uint64_t{1} << module) - 1));
 }
 
 // The line at which each row of a block begins if the rows lie one after another; returns how many lines that takes.
@@ -104,6 +105,11 @@ void forward(const ForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_r
         mix_sources(h + begin[row] * width, active[row], args.index + slot, args.gate + slot, kept, width,
                     x + r * kTileStride<T>);
       }
+      for (int64_t r = from; args.h && r < from + in_tile; ++r) {  // soon written, and so far in no cache
+        const int64_t line = (begin[rows[r]] + line_of(active[rows[r]], i)) * width;
+        prefetch(args.h + line, width);
+        prefetch(args.opened + line, width);
+      }
       Products::multiply(in_tile, x, panels, width, width, bias, z);
       for (int64_t r = 0; r < in_tile; ++r) {
         const int64_t row = rows[from + r], line = (begin[row] + line_of(active[row], i)) * width;
@@ -131,58 +137,6 @@ void forward(const ForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_r
   }
 }
 
-// One route's use of a source, once the gradient at the route's input x is known.
-template <typename T>
-struct Use {
-  const T* all;      // the gradient at x, through the route's layer and its residual
-  const T* to_relu;  // what of it may enter the source's ReLU layer
-  T gate;
-  T* d_gate;
-  const Use* next;   // another use of the same source
-};
-
-// What one or two uses (b null) give their source: A, which enters its ReLU layer, S, which passes its residual (if it
-// has one), and both gates' gradients. kFirst: A and S start here.
-template <bool kResidual, bool kFirst, typename T>
-inline void pull_uses(const Use<T>& a, const Use<T>* b, const T* h, int64_t width, T* to_relu, T* to_residual) {
-  const T *all_a = a.all, *relu_a = a.to_relu, gate_a = a.gate;
-  T d_gate_a = 0, d_gate_b = 0;
-  if (!b) {
-#pragma omp simd reduction(+ : d_gate_a)
-    for (int64_t j = 0; j < width; ++j) {
-      to_relu[j] = (kFirst ? T(0) : to_relu[j]) + gate_a * relu_a[j];
-      if (kResidual) to_residual[j] = (kFirst ? T(0) : to_residual[j]) + gate_a * all_a[j];
-      d_gate_a += all_a[j] * h[j];
-    }
-    *a.d_gate = d_gate_a;
-    return;
-  }
-  const T *all_b = b->all, *relu_b = b->to_relu, gate_b = b->gate;
-#pragma omp simd reduction(+ : d_gate_a, d_gate_b)
-  for (int64_t j = 0; j < width; ++j) {
-    const T h_j = h[j];
-    to_relu[j] = (kFirst ? T(0) : to_relu[j]) + gate_a * relu_a[j] + gate_b * relu_b[j];
-    if (kResidual) to_residual[j] = (kFirst ? T(0) : to_residual[j]) + gate_a * all_a[j] + gate_b * all_b[j];
-    d_gate_a += all_a[j] * h_j;
-    d_gate_b += all_b[j] * h_j;
-  }
-  *a.d_gate = d_gate_a;
-  *b->d_gate = d_gate_b;
-}
-
-// A, S and the gates' gradients of one source from all its uses; one without any, which no route reaches, gets zeros.
-template <bool kResidual, typename T>
-inline void pull(const Use<T>* use, const T* h, int64_t width, T* to_relu, T* to_residual) {
-  if (!use) {
-    std::fill_n(to_relu, width, T(0));
-    if (kResidual) std::fill_n(to_residual, width, T(0));
-    return;
-  }
-  pull_uses<kResidual, true>(*use, use->next, h, width, to_relu, to_residual);
-  while (use->next && (use = use->next->next))
-    pull_uses<kResidual, false>(*use, use->next, h, width, to_relu, to_residual);
-}
-
 template <typename T, typename Products>
 void backward(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* d_weight, T* d_bias) {
   const auto [n_nets, n_all, n_modules, n_kept, width, residual] = args.size;
@@ -192,11 +146,11 @@ void backward(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n
   Workspace& workspace = Workspace::of_this_thread();
   workspace.reserve(sizeof(T) * (2 * tile + (2 * n_modules * n_rows + 1) * width + 2 * n_rows * stride +
                                  Products::scratch(n_rows, 2 * stride)) +
-                    n_rows * (12 + n_modules * sizeof(void*) + routes * sizeof(Use<T>)) + 1024);
+                    n_rows * (12 + 2 * (n_modules + routes)) + 1024);
   int32_t* rows = workspace.take<int32_t>(n_rows);
   int64_t* begin = workspace.take<int64_t>(n_rows);
-  Use<T>* uses = workspace.take<Use<T>>(n_rows * routes);
-  const Use<T>** uses_of = workspace.take<const Use<T>*>(n_rows * n_modules);  // of each source the latest
+  int16_t* last = workspace.take<int16_t>(n_rows * n_modules);
+  int16_t* before = workspace.take<int16_t>(n_rows * routes);
   T* dz_tile = workspace.take<T>(tile);
   T* dx_tile = workspace.take<T>(tile);
   T* dz_rows = workspace.take<T>(n_rows * stride);  // a module's rows, one after another
@@ -207,40 +161,40 @@ void backward(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n
   const int64_t n_lines = begin_lines(active, n_rows, n_modules, begin);
   T* d_all = workspace.take<T>(n_lines * width);
   T* d_residual = workspace.take<T>(residual ? n_lines * width : 0);
-  std::fill_n(uses_of, n_rows * n_modules, nullptr);
   std::fill_n(zeros, width, T(0));
   std::fill_n(args.d_gate + at * routes, n_rows * routes, T(0));
-
-  // Route i's input has the gradient `all`; of it `residual_part` came through the residual, past the flow mask.
-  const auto use_sources = [&](int64_t i, int64_t row, const T* all, const T* residual_part) {
-    for (int64_t k = 0; k < std::min(n_kept, i); ++k) {
-      const int64_t of_row = (i - 1) * n_kept + k, slot = (at + row) * routes + of_row;
-      const Use<T>*& latest = uses_of[row * n_modules + args.index[slot]];
-      uses[row * routes + of_row] = {all, args.flow[slot] ? all : residual_part, args.gate[slot], args.d_gate + slot, latest};
-      latest = uses + row * routes + of_row;
-    }
-  };
-
   for (int64_t row = 0; row < n_rows; ++row) {
     const int64_t n = count_lines(active[row], n_modules) * width;
     prefetch(args.h + args.begin[at + row] * width, n);
     prefetch(args.opened + args.begin[at + row] * width, n);
-    use_sources(n_modules, row, args.d_mixed + (at + row) * width, zeros);
+    list_uses(active[row], args.index + (at + row) * routes, n_modules, n_kept, last + row * n_modules, before + row * routes);
   }
+
+  const auto pull_row = [&]<bool kResidual>(int64_t i, int64_t row, T* to_relu, T* to_residual) {
+    const auto use_at = [&](int64_t slot) {
+      const int64_t user = slot / n_kept + 1, line = (begin[row] + line_of(active[row], user)) * width;
+      const T* all = user == n_modules ? args.d_mixed + (at + row) * width : d_all + line;
+      const T* past_mask = residual && user < n_modules ? d_residual + line : zeros;
+      slot += (at + row) * routes;
+      return Use<T>{all, args.flow[slot] ? all : past_mask, args.gate[slot], args.d_gate + slot};
+    };
+    const T* h = args.h + (args.begin[at + row] + line_of(active[row], i)) * width;
+    pull<kResidual>(last[row * n_modules + i], before + row * routes, use_at, h, width, to_relu, to_residual);
+  };
+
   for (int64_t i = n_modules - 1; i > 0; --i) {
     const std::byte* panels = args.panels + (net * (n_modules - 1) + i - 1) * Products::packed_bytes(width, width);
     T* d_bias_i = d_bias ? d_bias + (i - 1) * width : nullptr;
     const int64_t n = rows_of_module(active, n_rows, i, rows);
     for_each_tile(n, [&](int64_t from, int64_t in_tile) {
       for (int64_t r = 0; r < in_tile; ++r) {
-        const int64_t row = rows[from + r], line = line_of(active[row], i), kept = (args.begin[at + row] + line) * width;
-        const auto* opened = reinterpret_cast<const uint8_t*>(args.opened) + kept;
+        const int64_t row = rows[from + r], line = line_of(active[row], i);
+        const auto* opened = reinterpret_cast<const uint8_t*>(args.opened) + (args.begin[at + row] + line) * width;
         T *dz = dz_tile + r * kTileStride<T>, *dz_kept = dz_rows + (from + r) * stride;
-        const Use<T>* use = uses_of[row * n_modules + i];
         if (residual)
-          pull<true>(use, args.h + kept, width, dz_kept, d_residual + (begin[row] + line) * width);
+          pull_row.template operator()<true>(i, row, dz_kept, d_residual + (begin[row] + line) * width);
         else
-          pull<false, T>(use, args.h + kept, width, dz_kept, nullptr);
+          pull_row.template operator()<false>(i, row, dz_kept, nullptr);
         // Multiplied, not chosen: compilers turn the choice into a branch, which half of the elements mispredict.
 #pragma omp simd
         for (int64_t j = 0; j < width; ++j) dz[j] = dz_kept[j] *= static_cast<T>(opened[j]);
@@ -252,7 +206,7 @@ void backward(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n
       for (int64_t r = 0; r < in_tile; ++r) {
         const int64_t row = rows[from + r], slot = (at + row) * routes + (i - 1) * n_kept;
         const int64_t line = (begin[row] + line_of(active[row], i)) * width;
-        const T *dx = dx_tile + r * kTileStride<T>, *through = residual ? d_residual + line : zeros;
+        const T *dx = dx_tile + r * kTileStride<T>, *through = d_residual + line;
         T* all = d_all + line;
         if (residual) {
 #pragma omp simd
@@ -260,7 +214,6 @@ void backward(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n
         } else {
           std::copy_n(dx, width, all);
         }
-        use_sources(i, row, all, through);
         if (d_weight)
           mix_sources(args.h + args.begin[at + row] * width, active[row], args.index + slot, args.gate + slot,
                       std::min(n_kept, i), width, x_rows + (from + r) * stride);
@@ -271,8 +224,7 @@ void backward(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n
   }
   // Module 0 has no residual: what would pass it is dropped.
   for (int64_t row = 0; row < n_rows; ++row)
-    pull<false, T>(uses_of[row * n_modules], args.h + args.begin[at + row] * width, width, args.d_h0 + (at + row) * width,
-                   nullptr);
+    pull_row.template operator()<false>(0, row, args.d_h0 + (at + row) * width, nullptr);
 }
 
 }  // namespace d2r_fast::D2R_ISA

@@ -9,39 +9,19 @@
 #endif
 
 #include "kernels.h"
+#include "vectors.h"
 
 namespace d2r_fast::D2R_ISA {
 
 // kTileRows x kPanel accumulators, kPanel values of B and one of A fill the vector registers: 32 or 16 of them.
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kTileRows = 12;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kTileRows = 6;
+constexpr int kTileRows = 12;
 #else
-constexpr int kVectorBytes = 16, kTileRows = 6;
+constexpr int kTileRows = 6;
 #endif
 constexpr int kPanelVectors = 2;
-
-template <typename T>
-struct VectorOf {
-  // May lie anywhere an element may, and alias it.
-  typedef T Type __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
-};
-template <typename T>
-using Vector = typename VectorOf<T>::Type;
-template <typename T>
-constexpr int kLanes = kVectorBytes / sizeof(T);
 template <typename T>
 constexpr int kPanel = kPanelVectors * kLanes<T>;
-
-template <typename T>
-inline Vector<T>& vector_at(T* p) {
-  return *reinterpret_cast<Vector<T>*>(p);
-}
-template <typename T>
-inline const Vector<T>& vector_at(const T* p) {
-  return *reinterpret_cast<const Vector<T>*>(p);
-}
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -171,6 +151,8 @@ inline void add_transposed_product(int64_t depth, Rows<typename Step::Element> a
         const auto *a_at = a.at + top, *b_at = b.at + first;
         const int64_t columns = b.columns - first;
         if (columns >= kPanel<T>) {
+          // The sum is too large for the first-level cache: its next tile is asked for while this one is multiplied.
+          for (int r = 0; r < rows(); ++r) __builtin_prefetch(c + r * b.columns + kPanel<T>);
           tile_product<Step, rows(), true, Start::kLoad>(depth, a_at, a.stride, b_at, b.stride, c, b.columns, nullptr);
           continue;
         }

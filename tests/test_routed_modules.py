@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import d2r_fast
 from d2r_fast import Routes, make_routes, select_routes, unpack_active
+from d2r_fast.ops.cpp import routed_modules as cpp
 from d2r_fast.ops.cpp.library import has_bf16_products
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -214,6 +215,64 @@ def test_modules_that_no_row_reaches_get_exactly_no_gradient(routed_modules, res
         assert (grads["gate"][0, 0, :-1][~active[1:]] == 0).all()
         seen.add(int(active.sum()))
     assert len(seen) > 3
+
+
+def routes_of_depths(depths, n, flow):
+    """K = 2, and a row of depth d >= 2 reaches modules 0..d-1: each route takes the nearest two below d."""
+    b = len(depths)
+    index = torch.zeros(1, b, n, 2, dtype=torch.int32)
+    for row, depth in enumerate(depths):
+        for i in range(1, n + 1):
+            top = min(i, depth) - 1
+            index[0, row, i - 1] = torch.tensor([top, max(top - 1, 0)])
+    return make_routes(index, torch.rand(1, b, n, 2, dtype=torch.float64), flow)
+
+
+@on_every_instruction_set
+@pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
+@pytest.mark.parametrize("flow", [True, False], ids=["flow", "no_flow"])
+@pytest.mark.parametrize(
+    "depths",
+    [[2], [16], [2] * 65, [16] * 65, [2] * 64 + [16], [16] + [2] * 129, [2, 16] * 70, list(range(2, 17)) * 9],
+    ids=["one_shallow", "one_deep", "shallow", "deep", "deep_last", "deep_first", "in_turn", "every_depth"],
+)
+def test_matches_autograd_where_a_block_has_rows_of_any_depth(routed_modules, depths, flow, residual):
+    """Modules with no row in a block, with one, and with all of them."""
+    b, n, d = len(depths), 16, 17
+    routes = routes_of_depths(depths, n, torch.full((1, b, n, 2), flow))
+    assert unpack_active(routes.active, n).sum(-1)[0].tolist() == depths
+    case = (*make_case(1, b, n, 2, d)[:3], routes)
+    cotangent = torch.randn(1, b, d, dtype=torch.float64)
+    assert_close_to(run(routed_modules, case, cotangent, residual), run(autograd_modules, case, cotangent, residual))
+
+
+@on_every_backend
+def test_a_module_that_is_computed_without_need_changes_nothing(routed_modules):
+    h0, weight, bias, routes = make_case(2, 70, 16, 2, 16)
+    every = routes._replace(active=torch.full_like(routes.active, (1 << 16) - 1))
+    assert not torch.equal(every.active, routes.active)
+    cotangent = torch.randn(2, 70, 16, dtype=torch.float64)
+    ours, expected = (run(routed_modules, (h0, weight, bias, r), cotangent) for r in (every, routes))
+    assert_close_to(ours, expected)
+
+
+@on_every_instruction_set
+@pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
+def test_only_active_modules_are_kept_and_no_memory_past_them_is_touched(backend, residual):
+    """Fresh memory is poisoned here: NaN, and for a bool True."""
+    h0, weight, bias, routes = make_case(2, 131, 16, 2, 17)
+    inputs = (h0, weight, bias, routes.index, routes.gate, routes.active)
+    _, h, opened = cpp.forward(*inputs, residual, "float32", keep=True)
+    n_lines = int(unpack_active(routes.active, 16).sum())
+    assert 0 < n_lines < h.numel() // 17
+    kept, rest = h.flatten()[: n_lines * 17], h.flatten()[n_lines * 17 :]
+    assert kept.isfinite().all() and rest.isnan().all()
+    assert opened.flatten()[n_lines * 17 :].all()
+    begin = unpack_active(routes.active, 16).sum(-1).flatten().cumsum(0).roll(1)
+    begin[0] = 0
+    assert torch.equal(kept.view(-1, 17)[begin], h0.flatten(0, 1))  # a row's lines begin with module 0's
+    if not residual:
+        assert torch.equal(opened.flatten()[: n_lines * 17], kept > 0)
 
 
 @on_every_backend

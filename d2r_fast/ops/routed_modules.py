@@ -66,9 +66,9 @@ def _run_forward(
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mixed [E,B,D]; for backward, if `keep`, h and opened (bool, z > 0), as large as E*N*B*D and in a layout of the
-    backend's own: outputs of modules that are not active are stored nowhere or hold anything. `flow` matters to backward
-    only.
+    """mixed [E,B,D]; for backward, if `keep`, h and opened (bool, z > 0), E*N*B*D numbers each, which only the same
+    backend's backward reads: where in them an active module's output lies, and what the rest holds, is the backend's
+    choice. `flow` matters to backward only.
     """
     return kernels(backend, "routed_modules").forward(h0, weight, bias, index, gate, active, residual, precision, keep)
 
