@@ -50,6 +50,21 @@ const T* task_row(const NetworkArgs<T>& network, int64_t net, int64_t task, int6
   return network.task_rows + (net * (network.n_tasks + 1) + (known ? task : network.n_tasks)) * hidden;
 }
 
+// What the base's output f goes on as: f g, to the routing network, and ReLU(f), to module 0.
+template <typename T>
+void split_base(const NetworkArgs<T>& network, int64_t net, int64_t first, int64_t n_rows, const T* base, T* scaled, T* opened) {
+  const int64_t hidden = network.layers[kBase0].n_out;
+  for (int64_t r = 0; r < n_rows; ++r) {
+    const T *f = base + r * hidden, *g = task_row(network, net, network.task[first + r], hidden);
+    T *u = scaled + r * hidden, *p = opened + r * hidden;
+#pragma omp simd
+    for (int64_t j = 0; j < hidden; ++j) {
+      u[j] = f[j] * g[j];
+      p[j] = f[j] < 0 ? T(0) : f[j];
+    }
+  }
+}
+
 // The same rows as networks of their own: for a block whose activations lie in a thread's memory.
 template <typename T, typename Products>
 ForwardArgs<T> alone(ForwardArgs<T> modules, int64_t net, int64_t first, int64_t n_rows, const T* h0, T* mixed) {
@@ -102,15 +117,7 @@ void network_forward(const NetworkForwardArgs<T>& args, int64_t net, int64_t fir
 
   linear_forward<T, Products>(layers[kBase0], n_rows, network.x + first * layers[kBase0].n_in, block.base0);
   linear_forward<T, Products>(layers[kBase1], n_rows, block.base0, block.base1);
-  for (int64_t r = 0; r < n_rows; ++r) {
-    const T *f = block.base1 + r * hidden, *g = task_row(network, net, network.task[first + r], hidden);
-    T *u = scaled + r * hidden, *p = opened + r * hidden;
-#pragma omp simd
-    for (int64_t j = 0; j < hidden; ++j) {
-      u[j] = f[j] * g[j];
-      p[j] = f[j] < 0 ? T(0) : f[j];
-    }
-  }
+  split_base(network, net, first, n_rows, block.base1, scaled, opened);
   const T* in = scaled;
   for (int64_t l = kRoute; l < last; in = route[l++ - kRoute]) linear_forward<T, Products>(layers[l], n_rows, in, route[l - kRoute]);
   linear_forward<T, Products>(layers[last], n_rows, in, logits);
@@ -169,15 +176,7 @@ void network_backward(const NetworkBackwardArgs<T>& args, int64_t net, int64_t f
   const auto back = [&](int64_t l, const T* d_y, const T* x, const T* y, T* d_x) {
     linear_backward<T, Products>(layers[l], n_rows, d_y, x, y, d_x, sums[2 * l], sums[2 * l + 1]);
   };
-  for (int64_t r = 0; r < n_rows; ++r) {
-    const T *f = block.base1 + r * hidden, *g = task_row(network, net, network.task[first + r], hidden);
-    T *u = scaled + r * hidden, *p = opened + r * hidden;
-#pragma omp simd
-    for (int64_t j = 0; j < hidden; ++j) {
-      u[j] = f[j] * g[j];
-      p[j] = f[j] < 0 ? T(0) : f[j];
-    }
-  }
+  split_base(network, net, first, n_rows, block.base1, scaled, opened);
 
   back(kHead, args.d_out + row * layers[kHead].n_out, block.mixed, nullptr, args.d_mixed + row * s.width);
   backward<T, Products>(args.modules, net, first, n_rows, sums[2 * kModules], sums[2 * kModules + 1]);
