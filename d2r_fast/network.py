@@ -140,6 +140,8 @@ class RoutedNetwork(nn.Module):
         if any(v._forward_hooks or v._forward_pre_hooks or v._backward_hooks or v._backward_pre_hooks for v in layers):
             return False
         cfg = self.cfg
+        if cfg.backend not in ("auto", "cpp"):  # whose limits of width are for the modules alone
+            return False
         widest = max(self.n_in, cfg.base_width, cfg.module_width, *cfg.route_widths, self.head.weight.shape[1])
         few = cfg.backend == "auto" and self.n_nets * len(x) < FEWEST_ROWS
         return not few and choose_backend(cfg.backend, x, widest) == "cpp"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from d2r_fast import NetConfig, RouteChoice, RoutedNetwork
 from d2r_fast.network import GREEDY, gumbel
 from d2r_fast.ops import routed_network
+from d2r_fast.ops.backends import INTERPRETED, availability
 from d2r_fast.ops.cpp.library import has_bf16_products
 from d2r_fast.ops.cpp.routed_network import saved_shapes
 
@@ -279,6 +280,16 @@ def test_few_rows_run_layer_by_layer_unless_the_backend_is_named(monkeypatch):
     net(*make_rows(200))
     twin(net, "cpp")(*make_rows(20))
     assert ran == [200, 20]
+
+
+def test_a_base_wider_than_triton_takes_is_no_matter_of_the_modules():
+    if not availability()["triton"].startswith("ready"):
+        pytest.skip("Triton is not installed")
+    device = "cpu" if INTERPRETED else "cuda"
+    net = make_net(1, n_modules=2, module_width=16, base_width=300, dtype=torch.float32).to(device)
+    x, task = (v.to(device) for v in make_rows(4, torch.float32))
+    out, _ = twin(net, "triton").to(device)(x, task)
+    torch.testing.assert_close(out, twin(net, "reference").to(device)(x, task)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_errors_say_what_was_expected():
