@@ -284,7 +284,7 @@ def test_few_rows_run_layer_by_layer_unless_the_backend_is_named(monkeypatch):
 
 def test_a_base_wider_than_triton_takes_is_no_matter_of_the_modules():
     if not availability()["triton"].startswith("ready"):
-        pytest.skip("Triton is not installed")
+        pytest.skip(f"triton {availability()['triton']}")
     device = "cpu" if INTERPRETED else "cuda"
     net = make_net(1, n_modules=2, module_width=16, base_width=300, dtype=torch.float32).to(device)
     x, task = (v.to(device) for v in make_rows(4, torch.float32))
