@@ -22,7 +22,6 @@ from torch import Tensor
 
 from d2r_fast import routed_modules
 from d2r_fast.ops.backends import INTERPRETED, PRECISIONS, availability
-from d2r_fast.ops.cpp.library import has_bf16_products
 
 QUANTITIES = ("output", "d_h0", "d_weight", "d_bias", "d_gate")
 
@@ -51,7 +50,7 @@ def variants(case: Case, device: str) -> dict[tuple[str, str], Any]:
         found["reference", "tf32"] = partial(with_tf32, found["reference", "float32"])
     ready = {name for name, state in availability().items() if state.startswith("ready")}
     if "cpp" in ready and device == "cpu" and not INTERPRETED:
-        for precision in ("float32", "bf16") if has_bf16_products() else ("float32",):
+        for precision in ("float32", "bf16"):
             found["cpp", precision] = partial(results, case, "cpp", precision)
     if "triton" in ready and (device == "cuda" or INTERPRETED):
         for precision in PRECISIONS:

@@ -18,12 +18,8 @@ constexpr Kernels<T> kKernels = {
 };
 
 const KernelSet& kernel_set() {
-#if defined(__AVX512BF16__)
-  const Kernels<float>* bf16 = &kKernels<float, Bf16Products>;
-#else
-  const Kernels<float>* bf16 = nullptr;
-#endif
-  static const KernelSet set = {kKernels<float, PlainProducts<float>>, kKernels<double, PlainProducts<double>>, bf16};
+  static const KernelSet set = {kKernels<float, PlainProducts<float>>, kKernels<double, PlainProducts<double>>,
+                                kKernels<float, Bf16Products>};
   return set;
 }
 

@@ -144,7 +144,7 @@ struct Kernels {
 struct KernelSet {
   Kernels<float> float32;
   Kernels<double> float64;
-  const Kernels<float>* bf16;  // products of bf16 operands, accumulated in float32; null where the processor has none
+  Kernels<float> bf16;  // products of operands rounded to bf16, summed in float32
 };
 
 // Rows that one call of forward or backward should get: what backward computes of them stays in a second-level cache of

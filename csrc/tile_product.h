@@ -40,15 +40,20 @@ struct Multiply {
   using Sum = T;
   static void add(Vector<T>& sum, const Vector<T>& column, T value) { sum += column * value; }
 };
-#if defined(__AVX512BF16__)
 struct MultiplyPairs {
   using Element = uint32_t;  // two consecutive k, the first in the low half
   using Sum = float;
   static void add(Vector<float>& sum, const Vector<uint32_t>& column, uint32_t value) {
+#if defined(__AVX512BF16__)
     sum = _mm512_dpbf16_ps(sum, (__m512bh)column, (__m512bh)_mm512_set1_epi32(static_cast<int>(value)));
+#else
+    // What that instruction does, bit by bit but for denormal numbers, which it takes for zero: the second product first. A
+    // product of two bf16 numbers is exact in float32, so a fused multiply-add rounds no differently.
+    sum += std::bit_cast<Lanes<float>>(column & 0xffff0000u) * std::bit_cast<float>(value & 0xffff0000u);
+    sum += std::bit_cast<Lanes<float>>(column << 16) * std::bit_cast<float>(value << 16);
+#endif
   }
 };
-#endif
 
 // C[r, :] (+)= sum_k A[r, k] B[k, :] for kRows rows and one panel of columns.
 // A lies in a tile buffer (kTransposed: A[r, k] at a[k * a_stride + r]); B[k, :] at b + k * b_stride; C[r, :] at
@@ -208,8 +213,7 @@ struct PlainProducts {
   }
 };
 
-#if defined(__AVX512BF16__)
-// Products of operands rounded to bf16, two steps at once, summed in float32.
+// Products of operands rounded to bf16, two steps at once, summed in float32: the same numbers on every instruction set.
 struct Bf16Products {
   static size_t packed_bytes(int64_t depth, int64_t columns) {
     return (depth + 1) / 2 * round_up(columns, kPanel<float>) * sizeof(uint32_t);
@@ -231,16 +235,7 @@ struct Bf16Products {
   static void multiply(int64_t n_rows, const float* a, const std::byte* panels, int64_t depth, int64_t columns,
                        const float* start, float* out) {
     alignas(64) thread_local uint32_t pairs[kBlockRows * kTileStride<uint32_t>];
-    for (int64_t r = 0; r < n_rows; ++r) {
-      const float* row = a + r * kTileStride<float>;
-      uint32_t* to = pairs + r * kTileStride<uint32_t>;
-      for (int64_t j = 0; j < depth; j += 2 * kLanes<float>) {
-        const __mmask32 inside = depth - j >= 32 ? ~0u : (1u << (depth - j)) - 1;
-        const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), row + j);
-        const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside >> 16), row + j + kLanes<float>);
-        _mm512_storeu_si512(to + j / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-      }
-    }
+    for (int64_t r = 0; r < n_rows; ++r) pair_columns(depth, a + r * kTileStride<float>, pairs + r * kTileStride<uint32_t>);
     const auto* packed = reinterpret_cast<const uint32_t*>(panels);
     multiply_rows<MultiplyPairs>(n_rows, (depth + 1) / 2, pairs, packed, columns, start, out);
   }
@@ -266,6 +261,17 @@ struct Bf16Products {
     return value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   }
 
+#if defined(__AVX512BF16__)
+  // Elements 2k and 2k+1 of a row side by side; past the last one zero.
+  static void pair_columns(int64_t n, const float* row, uint32_t* pairs) {
+    for (int64_t j = 0; j < n; j += 2 * kLanes<float>) {
+      const __mmask32 inside = n - j >= 32 ? ~0u : (1u << (n - j)) - 1;
+      const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), row + j);
+      const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside >> 16), row + j + kLanes<float>);
+      _mm512_storeu_si512(pairs + j / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+  }
+
   // Rows 2k and 2k+1 side by side, element by element; past the last row zeros.
   static void pair_rows(int64_t n_rows, Rows<float> from, uint32_t* pairs) {
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
@@ -279,7 +285,22 @@ struct Bf16Products {
         _mm512_storeu_si512(pairs + j, _mm512_permutexvar_epi16(interleave, both));
       }
   }
-};
+#else
+  static void pair_columns(int64_t n, const float* row, uint32_t* pairs) {
+#pragma omp simd
+    for (int64_t k = 0; k < n / 2; ++k) pairs[k] = pair(row[2 * k], row[2 * k + 1]);
+    if (n % 2) pairs[n / 2] = pair(row[n - 1], 0);
+  }
+
+  static void pair_rows(int64_t n_rows, Rows<float> from, uint32_t* pairs) {
+    const float* rows = from.at;
+    for (int64_t row = 0; row < n_rows; row += 2, rows += 2 * from.stride, pairs += from.stride) {
+      const bool has_second = row + 1 < n_rows;
+#pragma omp simd
+      for (int64_t j = 0; j < from.columns; ++j) pairs[j] = pair(rows[j], has_second ? rows[from.stride + j] : 0);
+    }
+  }
 #endif
+};
 
 }  // namespace d2r_fast::D2R_ISA

@@ -35,7 +35,7 @@ class NetConfig:
     backend: Backend = "auto"
     """What runs routes and modules: the fastest that can, or one of those that `d2r info` lists."""
     precision: Precision = "float32"
-    """What operands of the modules' products may be rounded to; weights and sums stay float32."""
+    """What operands of matrix products are rounded to; weights and sums stay float32."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.n_modules <= MAX_MODULES, f"net.n_modules: expected 1..{MAX_MODULES}, got {self.n_modules}")

@@ -11,6 +11,7 @@ dev   paper                              published code                       he
 5     -                                  a Parameter handed to Adam           a buffer of the agent, set by `sac.update`
 """
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -90,7 +91,8 @@ class RoutedNetwork(nn.Module):
         self.base = nn.ModuleList(
             [EnsembleLinear(n_nets, n_in, hidden, cfg), EnsembleLinear(n_nets, hidden, hidden, cfg)]
         )
-        self.task = EnsembleLinear(n_nets, n_tasks, hidden, cfg)
+        # A row of its weight, not a product: nothing to round.
+        self.task = EnsembleLinear(n_nets, n_tasks, hidden, replace(cfg, precision="float32"))
         route_widths = (hidden, *cfg.route_widths, cfg.n_logits)
         self.route = nn.ModuleList(EnsembleLinear(n_nets, n, m, cfg) for n, m in pairwise(route_widths))
         self.module0 = EnsembleLinear(n_nets, hidden, width, cfg)
@@ -144,7 +146,7 @@ class RoutedNetwork(nn.Module):
             return False
         widest = max(self.n_in, cfg.base_width, cfg.module_width, *cfg.route_widths, self.head.weight.shape[1])
         few = cfg.backend == "auto" and self.n_nets * len(x) < FEWEST_ROWS
-        return not few and choose_backend(cfg.backend, x, widest) == "cpp"
+        return not few and choose_backend(cfg.backend, x, widest, cfg.precision) == "cpp"
 
     def _in_order(self) -> list[Tensor]:
         """The parameters as `routed_network` takes them."""

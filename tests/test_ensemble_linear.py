@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from d2r_fast.ops import ensemble_linear
-from d2r_fast.ops.cpp.library import has_bf16_products
+from d2r_fast.ops.cpp.library import instruction_sets, use_instruction_set
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 on_every_backend = pytest.mark.parametrize("backend", ["reference", *cpp_backends()], indirect=True)
@@ -84,16 +84,51 @@ def test_float32_is_as_accurate_as_torch(backend):
         assert (a.double() - exact).abs().max() <= limit
 
 
-@pytest.mark.skipif(not has_bf16_products(), reason="this processor has no AVX512-BF16")
-def test_bf16_products_lose_less_than_bf16_tensors():
-    leaves = [v.detach().bfloat16().double().requires_grad_() for v in make_case(2, 300, 401, 255)]
-    truth = results(plain, leaves, False)
-    theirs = results(plain, leaves, False, torch.bfloat16)
-    ours = results(partial(ensemble_linear, backend="cpp", precision="bf16"), leaves, False, torch.float32)
-    exact = results(partial(ensemble_linear, backend="cpp"), leaves, False, torch.float32)
-    for a, b, true in zip(ours, theirs, truth, strict=True):
-        assert (a.double() - true).abs().max() <= (b.double() - true).abs().max()
-    assert not torch.equal(ours[1], exact[1])  # they really were bf16 products
+def bf16_product(x, weight, bias):
+    """Operands rounded, sums in float64."""
+    return x.bfloat16().double() @ weight.bfloat16().double().mT + bias[:, None].double()
+
+
+@pytest.mark.parametrize("backend", ["reference", *cpp_backends()], indirect=True)
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+def test_bf16_products_are_of_rounded_operands(backend, relu):
+    x, weight, _ = leaves = [v.detach().float().requires_grad_() for v in make_case(2, 300, 401, 255)]
+    y = ensemble_linear(*leaves, relu, backend, "bf16")
+    d_y = torch.randn_like(y)
+    ours = [y, *torch.autograd.grad(y, leaves, d_y)]
+    z = bf16_product(*leaves)
+    d_z = d_y * (y > 0) if relu else d_y
+    nothing = torch.zeros(2, 1)
+    expected = [
+        z.relu() if relu else z,
+        bf16_product(d_z, weight.mT, nothing),
+        bf16_product(d_z.mT, x.mT, nothing),
+        d_z.double().sum(1),
+    ]
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).abs().max() <= 64 * torch.finfo(torch.float32).eps * b.abs().max()
+    assert (y - ensemble_linear(*leaves, relu, backend)).abs().max() > 1e-3 * y.abs().max()
+
+
+def test_bf16_products_are_the_same_bits_on_every_instruction_set():
+    leaves = [v.detach().float() for v in make_case(2, 300, 401, 255)]
+    outs = []
+    for name in instruction_sets():
+        use_instruction_set(name)
+        outs.append(ensemble_linear(*leaves, True, "cpp", "bf16"))
+    use_instruction_set(instruction_sets()[0])
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_bf16_products_keep_nan_and_infinity():
+    x, weight, bias = (v.detach().float() for v in make_case(1, 300, 40, 33))
+    x[0, 3, 5], x[0, 4, 6] = torch.nan, torch.inf
+    for name in instruction_sets():
+        use_instruction_set(name)
+        y = ensemble_linear(x, weight, bias, False, "cpp", "bf16")
+        assert y[0, 3].isnan().all() and y[0, 4].isinf().all() and y[0, 5:].isfinite().all()
+    use_instruction_set(instruction_sets()[0])
 
 
 @pytest.mark.parametrize("needs", [(0,), (1, 2), (0, 1, 2)], ids=str)

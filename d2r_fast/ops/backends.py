@@ -3,6 +3,13 @@
 reference  plain PyTorch, any device and dtype; computes every module for every row; what the others are held against
 cpp        C++ on the CPU, float32 and float64; skips what a row does not need
 triton     Triton on a CUDA GPU, float32; skips what a tile of rows does not need
+
+Precisions, of the operands of matrix products; sums, weights and everything else stay float32:
+
+float32    as they are
+tf32       may be rounded to 10 bits, where a GPU multiplies those faster; elsewhere as they are
+bf16       rounded to bfloat16, to nearest even, on every backend and processor: the same numbers everywhere, up to the
+           rounding of sums
 """
 
 import os
@@ -44,11 +51,11 @@ def availability() -> dict[str, str]:
     return STATE | {"triton": triton}
 
 
-def choose_backend(backend: str, tensor: Tensor, width: int = 0) -> str:
+def choose_backend(backend: str, tensor: Tensor, width: int = 0, precision: str = "float32") -> str:
     """The backend for operations on `tensor`; `width` is D where modules run.
 
     "auto" takes the fastest that can; another name is taken or refused. ValueError: no such backend, or it cannot run
-    here, or not on this device, dtype or width; the message says why.
+    here, or not on this device, dtype, width or precision; the message says why.
     """
     device, dtype = tensor.device.type, tensor.dtype
     if backend not in BACKENDS:
@@ -68,6 +75,8 @@ def choose_backend(backend: str, tensor: Tensor, width: int = 0) -> str:
         why = f"expected tensors on {on}, got {device}"
     elif dtype not in dtypes:
         why = f"expected {' or '.join(str(d) for d in dtypes)}, got {dtype}"
+    elif precision == "bf16" and dtype != torch.float32:
+        why = f"expected torch.float32 for bf16 products, got {dtype}"
     elif width > widest:
         why = f"expected a width of at most {widest}, got {width}"
     elif not STATE[name].startswith("ready"):

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from d2r_fast.ops.backends import Backend, Precision, check_precision, choose_backend
 from d2r_fast.ops.cpp import ensemble_linear as cpp
+from d2r_fast.ops.reference.products import RoundedLinear
 
 # Below this many rows over all networks, packing the weights would cost more than the product gains.
 FEWEST_ROWS = 256
@@ -26,17 +27,23 @@ def ensemble_linear(
     x         [E,B,in] float, or [B,in] for all networks alike
     weight    [E,out,in], bias [E,out]; dtype and device of x
     backend   "auto": the fastest that can run here; a GPU's is torch's own product, which reference means too
-    precision what operands of the products may be rounded to, where the backend has such products
+    precision see `d2r_fast.ops.backends`
 
-    Returns [E,B,out]. Differentiable once on `cpp`. Under autocast it is torch's own product.
-    ValueError: shapes or dtypes disagree, or the backend cannot run.
+    Returns [E,B,out]. Differentiable once on `cpp` and in bf16. Under autocast it is torch's own product.
+    ValueError: shapes, dtypes or devices disagree, or the backend cannot run.
     """
     n_nets, n_out, n_in = _check(x, weight, bias)
     check_precision(precision)
     few = backend == "auto" and n_nets * x.shape[-2] < FEWEST_ROWS
-    chosen = choose_backend(backend, x, 0 if backend == "triton" else max(n_in, n_out))
-    if chosen != "cpp" or few or torch.is_autocast_enabled(x.device.type):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    # Under autocast x is what the layer before made, bf16 perhaps: whether the backend can run depends on the weight.
+    chosen = choose_backend(
+        backend, weight if autocast else x, 0 if backend == "triton" else max(n_in, n_out), precision
+    )
+    if chosen != "cpp" or few or autocast:
         rows = x.expand(n_nets, *x.shape) if x.dim() == 2 else x
+        if precision == "bf16" and not autocast:
+            return RoundedLinear.apply(rows, weight, bias, relu, precision)
         y = torch.baddbmm(bias[:, None], rows, weight.mT)
         return y.relu() if relu else y
     run: Any = _forward if torch.compiler.is_compiling() else _Eager.apply

@@ -31,8 +31,7 @@ def routed_modules(
               weights in h0's dtype; a module whose active bit is off is not computed
     residual  False: h_i = ReLU(W_i x_i + b_i)
     backend   "auto": the fastest that can run here; see `d2r_fast.ops.backends`
-    precision what operands of the modules' products may be rounded to; sums are float32. A backend that has no such
-              product rounds less.
+    precision what operands of the modules' products are rounded to; see `d2r_fast.ops.backends`
 
     Returns [E,B,D]. Differentiable once, in h0, weight, bias and routes.gate. Under autocast it runs in weight's dtype.
     ValueError: shapes, dtypes or devices disagree, or the backend cannot run. An out-of-range index is undefined
@@ -44,9 +43,9 @@ def routed_modules(
             return routed_modules(h0.to(weight.dtype), weight, bias, routes, residual, backend, precision)
     _check(h0, weight, bias, routes)
     check_precision(precision)
-    chosen = choose_backend(backend, h0, h0.shape[2])
+    chosen = choose_backend(backend, h0, h0.shape[2], precision)
     if chosen == "reference":
-        return ReferenceModules.apply(h0, weight, bias, routes.gate, routes.index, routes.flow, residual)
+        return ReferenceModules.apply(h0, weight, bias, routes.gate, routes.index, routes.flow, residual, precision)
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in (h0, weight, bias, routes.gate))
     index = routes.index.to(torch.int32)
     run: Any = _forward if torch.compiler.is_compiling() else _Eager.apply

@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from d2r_fast.ops.cpp.library import operations, rounds_to_bf16
+from d2r_fast.ops.cpp.library import operations
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, precision: str) -> Tensor:
     """y [E,B,out]."""
     y = x.new_empty(weight.shape[0], x.shape[-2], weight.shape[1])
     inputs = (v.contiguous() for v in (x, weight, bias))
-    operations().linear(*inputs, relu, rounds_to_bf16(x, precision), y)
+    operations().linear(*inputs, relu, precision == "bf16", y)
     return y
 
 
@@ -22,5 +22,5 @@ def backward(
     d_weight = weight.new_empty(weight.shape if to_weight else 0)
     d_bias = weight.new_empty((n_nets, n_out) if to_weight else 0)
     inputs = (v.contiguous() for v in (d_y, x, weight, y))
-    operations().linear_backward(*inputs, relu, rounds_to_bf16(x, precision), d_x, d_weight, d_bias)
+    operations().linear_backward(*inputs, relu, precision == "bf16", d_x, d_weight, d_bias)
     return d_x, d_weight, d_bias

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 LIBRARY = Path(__file__).parents[2] / "_cpu.so"
 MAX_WIDTH = 1024
@@ -59,12 +58,6 @@ def state() -> str:
     return f"ready ({instruction_sets()[0]})" if library is not None else why
 
 
-@lru_cache(maxsize=1)  # asked at every call of an operation
 def has_bf16_products() -> bool:
-    """Whether float32 tensors can be multiplied as bf16 here."""
+    """Whether this processor multiplies bf16 by itself, faster than float32; others make the same products slower."""
     return "avx512bf16" in instruction_sets()
-
-
-def rounds_to_bf16(value: Tensor, precision: str) -> bool:
-    """bf16 products need AVX512-BF16 and float32 tensors; elsewhere products stay in the tensors' own dtype."""
-    return precision == "bf16" and value.dtype == torch.float32 and has_bf16_products()

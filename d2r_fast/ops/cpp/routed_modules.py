@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from d2r_fast.ops.cpp.library import operations, rounds_to_bf16
+from d2r_fast.ops.cpp.library import operations
 
 
 def forward(
@@ -27,7 +27,7 @@ def forward(
     mixed, h = h0.new_empty(h0.shape), h0.new_empty(kept_shape)
     opened = torch.empty(kept_shape, dtype=torch.bool)
     inputs = (v.contiguous() for v in (h0, weight, bias, index, gate, active))
-    bf16 = rounds_to_bf16(h0, precision)
+    bf16 = precision == "bf16"
     operations().routed_modules(*inputs, residual, bf16, mixed, h, opened)
     return mixed, h, opened
 
@@ -50,6 +50,6 @@ def backward(
     d_weight = weight.new_empty(weight.shape if to_weight else 0)
     d_bias = weight.new_empty(weight.shape[:3] if to_weight else 0)
     inputs = (v.contiguous() for v in (d_mixed, weight, index, gate, flow, active, h, opened))
-    bf16 = rounds_to_bf16(h, precision)
+    bf16 = precision == "bf16"
     operations().routed_modules_backward(*inputs, residual, bf16, d_h0, d_weight, d_bias, d_gate)
     return d_h0, d_weight, d_bias, d_gate

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2r_fast.ops.cpp.library import operations, rounds_to_bf16
+from d2r_fast.ops.cpp.library import operations
 
 # Where a network's parameters stand in the list, weight then bias of each; the routing network's come last.
 BASE, MODULES, HEAD, ROUTE = 0, 8, 10, 12
@@ -50,7 +50,7 @@ def forward(
         task.to(torch.int64).contiguous(),
         [p.contiguous() for p in parameters],
         *(temperature, noise, given),
-        *(residual, resrouting, rounds_to_bf16(x, precision)),
+        *(residual, resrouting, precision == "bf16"),
         *(out, index, gate, flow, active, activations, h, opened),
     )
     return out, gate, index, flow, active, activations, h, opened
@@ -88,7 +88,7 @@ def backward(
         task.to(torch.int64).contiguous(),
         [p.contiguous() for p in parameters],
         *(index, gate, flow, active, activations, h, opened),
-        *(residual, rounds_to_bf16(x, precision)),
+        *(residual, precision == "bf16"),
         *(d_x, d_parameters),
     )
     return d_x.sum(0) if to_x else d_x, d_parameters

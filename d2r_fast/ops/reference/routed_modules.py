@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from d2r_fast.ops.reference.products import product
+
 
 class ReferenceModules(torch.autograd.Function):
     """Buffers are module-major, [N,E*B,D], so that a module's rows are one matrix and a source is one row of it.
@@ -17,7 +19,15 @@ class ReferenceModules(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h0: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, index: Tensor, flow: Tensor, residual: bool
+        ctx: Any,
+        h0: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        gate: Tensor,
+        index: Tensor,
+        flow: Tensor,
+        residual: bool,
+        precision: str,
     ) -> Tensor:
         n_nets, rows, width = h0.shape
         n_modules, n_kept = index.shape[2:]
@@ -33,14 +43,14 @@ class ReferenceModules(torch.autograd.Function):
             picked = every_row.index_select(0, at[i - 1, :kept].flatten()).view(kept, -1, width)  # [k,E*B,D]
             torch.sum(gate_of[i - 1, :kept] * picked, 0, out=x_i)
             if i < n_modules:
-                z = torch.baddbmm(bias[:, i - 1, None], x_i.view(n_nets, rows, width), weight[:, i - 1].mT)
+                z = product(x_i.view(n_nets, rows, width), weight[:, i - 1].mT, precision, bias[:, i - 1, None])
                 z = z.flatten(0, 1)
                 torch.gt(z, 0, out=open_relu[i - 1])
                 torch.clamp_min(z, 0, out=h[i])
                 if residual:
                     h[i] += x_i
         ctx.save_for_backward(weight, at, gate_of, flow, h, x, open_relu)
-        ctx.residual = residual
+        ctx.residual, ctx.precision = residual, precision
         return x[n_modules - 1].view(n_nets, rows, width).clone()
 
     @staticmethod
@@ -73,12 +83,14 @@ class ReferenceModules(torch.autograd.Function):
             d_z = (adjoint_relu[i] * open_relu[i - 1]).view(n_nets, rows, width)
             x_i = x[i - 1].view(n_nets, rows, width)
             if d_weight is not None:
-                d_weight[:, i - 1] = torch.bmm(d_z.mT, x_i)
+                d_weight[:, i - 1] = product(d_z.mT, x_i, ctx.precision)
             if d_bias is not None:
                 d_bias[:, i - 1] = d_z.sum(1)
-            push(i, torch.bmm(d_z, weight[:, i - 1]).flatten(0, 1), adjoint_residual[i] if ctx.residual else None)
+            d_x = product(d_z, weight[:, i - 1], ctx.precision).flatten(0, 1)
+            push(i, d_x, adjoint_residual[i] if ctx.residual else None)
         d_h0 = adjoint_relu[0].view(n_nets, rows, width)
-        return d_h0, d_weight, d_bias, d_gate.permute(2, 0, 1).view(n_nets, rows, n_modules, n_kept), None, None, None
+        d_gate = d_gate.permute(2, 0, 1).view(n_nets, rows, n_modules, n_kept)
+        return d_h0, d_weight, d_bias, d_gate, None, None, None, None
 
 
 def _per_slot(value: Tensor) -> Tensor:
