@@ -64,7 +64,7 @@ struct RouteArgs {
   const T* logits;          // [n,R]
   const T* temperature;     // [n], null: greedy
   const T* noise;           // [n,R], null with temperature
-  const int32_t* given;     // [n,N,K] or null
+  bool given;               // index holds the routes, legal ones (route_checks.h)
   bool resrouting;
   int32_t* index;           // [n,N,K]
   T* gate;
@@ -126,8 +126,8 @@ struct Kernels {
   void (*backward)(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* d_weight, T* d_bias);
   // A block of rows, one after another: x [n,in], y [n,out].
   void (*linear_forward)(const Layer<T>& layer, int64_t n_rows, const T* x, T* y);
-  // The same; adds to d_weight [out,in] and d_bias [out]. y is read with ReLU only. d_x, or d_weight with d_bias, may be
-  // null: not wanted.
+  // The same; adds to d_weight [out,in] and d_bias [out]. y is read with ReLU only. d_x, or d_bias with d_weight, may be
+  // null: not wanted. (An empty d_weight is null, too.)
   void (*linear_backward)(const Layer<T>& layer, int64_t n_rows, const T* d_y, const T* x, const T* y, T* d_x, T* d_weight,
                           T* d_bias);
   // The first n_rows rows of what args point at.

@@ -39,22 +39,22 @@ namespace {
 
 STABLE_TORCH_LIBRARY(d2r_fast_cpu, m) {
   m.def("routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor gate, Tensor active, bool residual, "
-        "bool bf16, Tensor(a!) mixed, Tensor(b!) h, Tensor(c!) opened) -> ()");
+        "bool bf16, bool keep, Tensor(a!) mixed, Tensor(b!) h, Tensor(c!) opened) -> ()");
   m.def("routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor gate, Tensor flow, Tensor active, "
-        "Tensor h, Tensor opened, bool residual, bool bf16, Tensor(a!) d_h0, Tensor(b!) d_weight, Tensor(c!) d_bias, "
-        "Tensor(d!) d_gate) -> ()");
+        "Tensor h, Tensor opened, bool residual, bool bf16, bool to_weight, Tensor(a!) d_h0, Tensor(b!) d_weight, "
+        "Tensor(c!) d_bias, Tensor(d!) d_gate) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor bias, bool relu, bool bf16, Tensor(a!) y) -> ()");
-  m.def("linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, bool bf16, Tensor(a!) d_x, "
-        "Tensor(b!) d_weight, Tensor(c!) d_bias) -> ()");
-  m.def("select_routes(Tensor logits, Tensor temperature, Tensor noise, Tensor given, bool resrouting, Tensor(a!) index, "
-        "Tensor(b!) gate, Tensor(c!) flow, Tensor(d!) active) -> ()");
+  m.def("linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, bool bf16, bool to_x, bool to_weight, "
+        "Tensor(a!) d_x, Tensor(b!) d_weight, Tensor(c!) d_bias) -> ()");
+  m.def("select_routes(Tensor logits, Tensor? temperature, Tensor? noise, Tensor? given, bool resrouting, "
+        "Tensor(a!) index, Tensor(b!) gate, Tensor(c!) flow, Tensor(d!) active) -> ()");
   m.def("select_routes_backward(Tensor d_gate, Tensor index, Tensor gate, Tensor(a!) d_logits) -> ()");
-  m.def("network(Tensor x, Tensor task, Tensor[] parameters, Tensor temperature, Tensor noise, Tensor given, bool residual, "
-        "bool resrouting, bool bf16, Tensor(a!) out, Tensor(b!) index, Tensor(c!) gate, Tensor(d!) flow, Tensor(e!) active, "
-        "Tensor(f!) activations, Tensor(g!) h, Tensor(h!) opened) -> ()");
-  m.def("network_backward(Tensor d_out, Tensor to_gate, Tensor x, Tensor task, Tensor[] parameters, Tensor index, Tensor gate, "
-        "Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened, bool residual, bool bf16, Tensor(a!) d_x, "
-        "Tensor(b!)[] d_parameters) -> ()");
+  m.def("network(Tensor x, Tensor task, Tensor[] parameters, Tensor? temperature, Tensor? noise, Tensor? given, "
+        "bool residual, bool resrouting, bool bf16, bool keep, Tensor(a!) out, Tensor(b!) index, Tensor(c!) gate, "
+        "Tensor(d!) flow, Tensor(e!) active, Tensor(f!) activations, Tensor(g!) h, Tensor(h!) opened) -> ()");
+  m.def("network_backward(Tensor d_out, Tensor? to_gate, Tensor x, Tensor task, Tensor[] parameters, Tensor index, "
+        "Tensor gate, Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened, bool residual, bool bf16, "
+        "bool to_x, Tensor(a!) d_x, Tensor(b!)[] d_parameters) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d2r_fast_cpu, CPU, m) {

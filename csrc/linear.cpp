@@ -13,12 +13,18 @@ struct LinearSizes {
 // x is [E,B,in], or [B,in] for all networks alike.
 LinearSizes linear_sizes(const Tensor& x, const Tensor& weight) {
   const bool shared = x.dim() == 2;
+  check(shared || x.dim() == 3, "x: expected [E,B,in] or [B,in], got ", shape_text(x.sizes()));
+  check(weight.dim() == 3, "weight: expected [E,out,in], got ", shape_text(weight.sizes()));
   LinearSizes s{weight.size(0), x.size(shared ? 0 : 1), weight.size(2), weight.size(1), 0};
   if (!shared) s.x_net = s.n_rows * s.n_in;
   check_width("in", s.n_in);
   check_width("out", s.n_out);
-  check_numel("x", x, (shared ? 1 : s.n_nets) * s.n_rows * s.n_in);
-  check_numel("weight", weight, s.n_nets * s.n_out * s.n_in);
+  const ScalarType real = x.scalar_type();
+  if (shared)
+    check_tensor("x", x, real, {s.n_rows, s.n_in});
+  else
+    check_tensor("x", x, real, {s.n_nets, s.n_rows, s.n_in});
+  check_tensor("weight", weight, real, {s.n_nets, s.n_out, s.n_in});
   return s;
 }
 
@@ -26,8 +32,8 @@ LinearSizes linear_sizes(const Tensor& x, const Tensor& weight) {
 
 void linear(Tensor x, Tensor weight, Tensor bias, bool relu, bool bf16, Tensor y) {
   const LinearSizes s = linear_sizes(x, weight);
-  check_numel("bias", bias, s.n_nets * s.n_out);
-  check_numel("y", y, s.n_nets * s.n_rows * s.n_out);
+  check_tensor("bias", bias, x.scalar_type(), {s.n_nets, s.n_out});
+  check_tensor("y", y, x.scalar_type(), {s.n_nets, s.n_rows, s.n_out});
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(bf16);
@@ -41,15 +47,15 @@ void linear(Tensor x, Tensor weight, Tensor bias, bool relu, bool bf16, Tensor y
   });
 }
 
-void linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, bool bf16, Tensor d_x, Tensor d_weight,
-                     Tensor d_bias) {
+void linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, bool bf16, bool to_x, bool to_weight, Tensor d_x,
+                     Tensor d_weight, Tensor d_bias) {
   const LinearSizes s = linear_sizes(x, weight);
-  const bool to_x = d_x.numel() > 0, to_weight = d_weight.numel() > 0;
-  check_numel("d_y", d_y, s.n_nets * s.n_rows * s.n_out);
-  if (relu) check_numel("y", y, s.n_nets * s.n_rows * s.n_out);
-  if (to_x) check_numel("d_x", d_x, s.n_nets * s.n_rows * s.n_in);
-  if (to_weight) check_numel("d_weight", d_weight, s.n_nets * s.n_out * s.n_in);
-  if (to_weight) check_numel("d_bias", d_bias, s.n_nets * s.n_out);
+  const ScalarType real = x.scalar_type();
+  check_tensor("d_y", d_y, real, {s.n_nets, s.n_rows, s.n_out});
+  check_tensor("y", y, real, {s.n_nets, s.n_rows, s.n_out});
+  if (to_x) check_tensor("d_x", d_x, real, {s.n_nets, s.n_rows, s.n_in});
+  if (to_weight) check_tensor("d_weight", d_weight, real, {s.n_nets, s.n_out, s.n_in});
+  if (to_weight) check_tensor("d_bias", d_bias, real, {s.n_nets, s.n_out});
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(bf16);

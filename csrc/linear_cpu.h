@@ -55,7 +55,7 @@ void linear_backward(const Layer<T>& layer, int64_t n_rows, const T* d_y, const 
       for (int64_t j = 0; j < n_out; ++j) dz[j] *= static_cast<T>(y_row[j] > 0);
     }
   }
-  if (d_weight) {
+  if (d_bias) {
     for (int64_t row = 0; row < n_rows; ++row) {
       const T* dz = dz_rows + row * out_stride;
 #pragma omp simd

@@ -3,6 +3,7 @@
 
 #include "operations.h"
 #include "parallel.h"
+#include "route_checks.h"
 
 namespace d2r_fast {
 namespace {
@@ -37,22 +38,36 @@ WeightShape weight_shape(const NetworkSizes& s, const std::vector<Tensor>& param
 NetworkSizes network_sizes(const Tensor& x, const Tensor& task, const std::vector<Tensor>& parameters, const Tensor& index,
                            bool residual) {
   const int64_t n_layers = static_cast<int64_t>(parameters.size()) / 2;
-  STD_TORCH_CHECK(n_layers > kRoute, "parameters: expected weight and bias of at least ", kRoute + 1, " layers, got ",
-                  parameters.size(), " tensors");
+  check(n_layers > kRoute && parameters.size() % 2 == 0, "parameters: expected weight and bias of at least ", kRoute + 1,
+        " layers, got ", parameters.size(), " tensors");
   const Tensor &base = parameters[2 * kBase0], &head = parameters[2 * kHead];
+  for (int64_t l = 0; l < n_layers; ++l) {
+    const int64_t dim = l == kModules ? 4 : 3;
+    check(parameters[2 * l].dim() == dim, "parameters[", 2 * l, "], a weight: expected ", dim, " axes, got ",
+          shape_text(parameters[2 * l].sizes()));
+  }
+  check(x.dim() == 2, "x: expected [B,in], got ", shape_text(x.sizes()));
   NetworkSizes s{{base.size(0), x.size(0), index.size(2), index.size(3), head.size(2), residual},
                  base.size(2), base.size(1), head.size(1), parameters[2 * kTask].size(2), 0, n_layers};
   const Sizes& m = s.modules;
   check_routes(m.n_modules, m.n_kept);
   s.n_logits = m.n_modules * (m.n_modules + 1) / 2;
-  check_numel("x", x, m.n_rows * s.n_in);
-  check_numel("task", task, m.n_rows);
+  const ScalarType real = x.scalar_type();
+  check_tensor("x", x, real, {m.n_rows, s.n_in});
+  check_tensor("task", task, ScalarType::Long, {m.n_rows});
   for (int64_t l = 0; l < n_layers; ++l) {
-    const WeightShape shape = weight_shape(s, parameters, l);
-    check_width("a layer's input", shape.n_in);
-    check_width("a layer's output", shape.n_out);
-    check_numel("a weight", parameters[2 * l], m.n_nets * shape.numel());
-    check_numel("a bias", parameters[2 * l + 1], m.n_nets * shape.count * shape.n_out);
+    const auto [count, n_out, n_in] = weight_shape(s, parameters, l);
+    check_width("a layer's input", n_in);
+    check_width("a layer's output", n_out);
+    const std::string weight = "parameters[" + std::to_string(2 * l) + "], a weight";
+    const std::string bias = "parameters[" + std::to_string(2 * l + 1) + "], a bias";
+    if (l == kModules) {
+      check_tensor(weight.c_str(), parameters[2 * l], real, {m.n_nets, count, n_out, n_in});
+      check_tensor(bias.c_str(), parameters[2 * l + 1], real, {m.n_nets, count, n_out});
+    } else {
+      check_tensor(weight.c_str(), parameters[2 * l], real, {m.n_nets, n_out, n_in});
+      check_tensor(bias.c_str(), parameters[2 * l + 1], real, {m.n_nets, n_out});
+    }
   }
   return s;
 }
@@ -127,6 +142,22 @@ std::vector<int64_t> begin_lines(const Sizes& s) {
   return begin;
 }
 
+void check_chosen(const Sizes& m, ScalarType real, const Tensor& index, const Tensor& gate, const Tensor& flow,
+                  const Tensor& active) {
+  check_tensor("index", index, ScalarType::Int, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
+  check_tensor("gate", gate, real, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
+  check_tensor("flow", flow, ScalarType::Bool, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
+  check_tensor("active", active, ScalarType::Int, {m.n_nets, m.n_rows});
+}
+
+void check_kept(const NetworkSizes& s, ScalarType real, const std::vector<Tensor>& parameters, const Tensor& activations,
+                const Tensor& h, const Tensor& opened) {
+  const Sizes& m = s.modules;
+  check_tensor("activations", activations, real, {m.n_nets * m.n_rows * activation_width(s, parameters)});
+  check_tensor("h", h, real, {m.n_nets, m.n_modules, m.n_rows, m.width});
+  check_tensor("opened", opened, ScalarType::Bool, {m.n_nets, m.n_modules, m.n_rows, m.width});
+}
+
 template <typename T>
 NetworkArgs<T> network_args(const NetworkSizes& s, const Packed<T>& packed, const Tensor& x, const Tensor& task) {
   return {s.n_tasks, s.n_layers, packed.layers.data(), packed.task_rows.get(), const_data<T>(x), const_data<int64_t>(task)};
@@ -134,26 +165,19 @@ NetworkArgs<T> network_args(const NetworkSizes& s, const Packed<T>& packed, cons
 
 }  // namespace
 
-void network(Tensor x, Tensor task, std::vector<Tensor> parameters, Tensor temperature, Tensor noise, Tensor given,
-             bool residual, bool resrouting, bool bf16, Tensor out, Tensor index, Tensor gate, Tensor flow, Tensor active,
-             Tensor activations, Tensor h, Tensor opened) {
+void network(Tensor x, Tensor task, std::vector<Tensor> parameters, std::optional<Tensor> temperature,
+             std::optional<Tensor> noise, std::optional<Tensor> given, bool residual, bool resrouting, bool bf16, bool keep,
+             Tensor out, Tensor index, Tensor gate, Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened) {
   const NetworkSizes s = network_sizes(x, task, parameters, index, residual);
   const Sizes& m = s.modules;
-  const int64_t rows = m.n_nets * m.n_rows, routes = rows * m.n_modules * m.n_kept;
-  const bool sampled = noise.numel() > 0, is_given = given.numel() > 0, keep = h.numel() > 0;
-  if (sampled) check_numel("noise", noise, rows * s.n_logits);
-  if (sampled) check_numel("temperature", temperature, m.n_rows);
-  if (is_given) check_numel("given", given, routes);
-  check_numel("out", out, rows * s.n_out);
-  check_numel("index", index, routes);
-  check_numel("gate", gate, routes);
-  check_numel("flow", flow, routes);
-  check_numel("active", active, rows);
-  if (keep) {
-    check_numel("activations", activations, rows * activation_width(s, parameters));
-    check_numel("h", h, rows * m.n_modules * m.width);
-    check_numel("opened", opened, rows * m.n_modules * m.width);
-  }
+  const ScalarType real = x.scalar_type();
+  check(noise.has_value() == temperature.has_value(), "temperature: expected one where there is noise, and none elsewhere");
+  if (noise) check_tensor("noise", *noise, real, {m.n_nets, m.n_rows, s.n_logits});
+  if (temperature) check_tensor("temperature", *temperature, real, {m.n_rows});
+  check_tensor("out", out, real, {m.n_nets, m.n_rows, s.n_out});
+  check_chosen(m, real, index, gate, flow, active);
+  if (keep) check_kept(s, real, parameters, activations, h, opened);
+  GivenRoutes given_routes(given, m, data<int32_t>(index));
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(bf16);
@@ -161,9 +185,9 @@ void network(Tensor x, Tensor task, std::vector<Tensor> parameters, Tensor tempe
     const auto begin = keep ? begin_lines(m) : std::vector<int64_t>();
     const RouteArgs<T> route_args{{m.n_modules, m.n_kept},
                                   nullptr,
-                                  sampled ? const_data<T>(temperature) : nullptr,
-                                  sampled ? const_data<T>(noise) : nullptr,
-                                  is_given ? const_data<int32_t>(given) : nullptr,
+                                  noise ? const_data<T>(*temperature) : nullptr,
+                                  noise ? const_data<T>(*noise) : nullptr,
+                                  given_routes.any(),
                                   resrouting,
                                   data<int32_t>(index),
                                   data<T>(gate),
@@ -183,31 +207,31 @@ void network(Tensor x, Tensor task, std::vector<Tensor> parameters, Tensor tempe
     const NetworkForwardArgs<T> args{network_args(s, packed, x, task), route_args, modules,
                                      keep ? data<T>(activations) : nullptr, data<T>(out)};
     for_each_row_block(m.n_nets, m.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
-      kernel.network_forward(args, net, first, n_rows);
+      if (given_routes.take(net * m.n_rows + first, n_rows)) kernel.network_forward(args, net, first, n_rows);
     });
   });
+  given_routes.require_legal();
 }
 
-void network_backward(Tensor d_out, Tensor to_gate, Tensor x, Tensor task, std::vector<Tensor> parameters, Tensor index,
-                      Tensor gate, Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened, bool residual,
-                      bool bf16, Tensor d_x, std::vector<Tensor> d_parameters) {
+void network_backward(Tensor d_out, std::optional<Tensor> to_gate, Tensor x, Tensor task, std::vector<Tensor> parameters,
+                      Tensor index, Tensor gate, Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened,
+                      bool residual, bool bf16, bool to_x, Tensor d_x, std::vector<Tensor> d_parameters) {
   const NetworkSizes s = network_sizes(x, task, parameters, index, residual);
   const Sizes& m = s.modules;
   const int64_t rows = m.n_nets * m.n_rows, routes = rows * m.n_modules * m.n_kept;
-  const bool to_x = d_x.numel() > 0, to_parameters = !d_parameters.empty(), gate_used = to_gate.numel() > 0;
-  check_numel("d_out", d_out, rows * s.n_out);
-  if (gate_used) check_numel("to_gate", to_gate, routes);
-  check_numel("index", index, routes);
-  check_numel("gate", gate, routes);
-  check_numel("flow", flow, routes);
-  check_numel("active", active, rows);
-  check_numel("activations", activations, rows * activation_width(s, parameters));
-  check_numel("h", h, rows * m.n_modules * m.width);
-  check_numel("opened", opened, rows * m.n_modules * m.width);
-  if (to_x) check_numel("d_x", d_x, rows * s.n_in);
-  STD_TORCH_CHECK(!to_parameters || d_parameters.size() == parameters.size(), "d_parameters: expected ", parameters.size(),
-                  " tensors, got ", d_parameters.size());
-  for (size_t i = 0; i < d_parameters.size(); ++i) check_numel("d_parameters", d_parameters[i], parameters[i].numel());
+  const ScalarType real = x.scalar_type();
+  const bool to_parameters = !d_parameters.empty();
+  check_tensor("d_out", d_out, real, {m.n_nets, m.n_rows, s.n_out});
+  if (to_gate) check_tensor("to_gate", *to_gate, real, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
+  check_chosen(m, real, index, gate, flow, active);
+  check_kept(s, real, parameters, activations, h, opened);
+  if (to_x) check_tensor("d_x", d_x, real, {m.n_nets, m.n_rows, s.n_in});
+  check(!to_parameters || d_parameters.size() == parameters.size(), "d_parameters: expected ", parameters.size(),
+        " tensors, got ", d_parameters.size());
+  for (size_t i = 0; i < d_parameters.size(); ++i)
+    check(d_parameters[i].numel() == parameters[i].numel() && d_parameters[i].is_contiguous() &&
+              d_parameters[i].scalar_type() == real,
+          "d_parameters[", i, "]: expected a contiguous tensor like the parameter");
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(bf16);
@@ -229,7 +253,7 @@ void network_backward(Tensor d_out, Tensor to_gate, Tensor x, Tensor task, std::
                                   d_mixed + wide,
                                   d_mixed + 2 * wide};
     const NetworkBackwardArgs<T> args{network_args(s, packed, x, task), modules, const_data<T>(activations),
-                                      const_data<T>(d_out), gate_used ? const_data<T>(to_gate) : nullptr, d_mixed,
+                                      const_data<T>(d_out), to_gate ? const_data<T>(*to_gate) : nullptr, d_mixed,
                                       to_x ? data<T>(d_x) : nullptr};
     std::vector<Gradient<T>> gradients;
     int64_t per_row = 0;  // multiply-adds of a row without the modules

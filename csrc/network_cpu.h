@@ -90,7 +90,6 @@ RouteArgs<T> routes_of_block(RouteArgs<T> routes, int64_t row, int64_t row_of_ne
     routes.temperature += row_of_net;
     routes.noise += row * (n_modules * (n_modules + 1) / 2);
   }
-  if (routes.given) routes.given += slot;
   routes.index += slot;
   routes.gate += slot;
   routes.flow += slot;

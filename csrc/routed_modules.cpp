@@ -7,6 +7,7 @@
 
 #include "operations.h"
 #include "parallel.h"
+#include "route_checks.h"
 
 namespace d2r_fast {
 namespace {
@@ -30,32 +31,40 @@ void prefer_large_pages(const Tensor& tensor, size_t bytes) {
 #endif
 }
 
-Sizes sizes_of(const Tensor& h0, const Tensor& index, bool residual) {
-  const Sizes s{h0.size(0), h0.size(1), index.size(2), index.size(3), h0.size(2), residual};
+Sizes sizes_of(const Tensor& rows, const Tensor& index, bool residual) {
+  check(rows.dim() == 3, "h0: expected [E,B,D], got ", shape_text(rows.sizes()));
+  check(index.dim() == 4, "routes.index: expected [E,B,N,K], got ", shape_text(index.sizes()));
+  const Sizes s{rows.size(0), rows.size(1), index.size(2), index.size(3), rows.size(2), residual};
   check_routes(s.n_modules, s.n_kept);
   check_width("D", s.width);
   return s;
 }
 
+void check_inputs(const Sizes& s, ScalarType real, const Tensor& weight, const Tensor& index, const Tensor& gate,
+                  const Tensor& active) {
+  check_tensor("weight", weight, real, {s.n_nets, s.n_modules - 1, s.width, s.width});
+  check_tensor("routes.index", index, ScalarType::Int, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
+  check_tensor("routes.gate", gate, real, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
+  check_tensor("routes.active", active, ScalarType::Int, {s.n_nets, s.n_rows});
+}
+
+void check_kept(const Sizes& s, ScalarType real, const Tensor& h, const Tensor& opened) {
+  check_tensor("h", h, real, {s.n_nets, s.n_modules, s.n_rows, s.width});
+  check_tensor("opened", opened, ScalarType::Bool, {s.n_nets, s.n_modules, s.n_rows, s.width});
+}
+
 }  // namespace
 
 void routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor gate, Tensor active, bool residual, bool bf16,
-                    Tensor mixed, Tensor h, Tensor opened) {
+                    bool keep, Tensor mixed, Tensor h, Tensor opened) {
   const Sizes s = sizes_of(h0, index, residual);
-  const int64_t rows = s.n_nets * s.n_rows, weights = s.n_nets * (s.n_modules - 1) * s.width;
-  check_numel("h0", h0, rows * s.width);
-  check_numel("weight", weight, weights * s.width);
-  check_numel("bias", bias, weights);
-  check_numel("index", index, rows * s.n_modules * s.n_kept);
-  check_numel("gate", gate, rows * s.n_modules * s.n_kept);
-  check_numel("active", active, rows);
-  check_numel("mixed", mixed, rows * s.width);
-  const bool keep = h.numel() > 0;
-  if (keep) {
-    check_numel("h", h, rows * s.n_modules * s.width);
-    check_numel("opened", opened, rows * s.n_modules * s.width);
-  }
-  if (rows == 0) return;
+  const ScalarType real = h0.scalar_type();
+  check_tensor("h0", h0, real, {s.n_nets, s.n_rows, s.width});
+  check_inputs(s, real, weight, index, gate, active);
+  check_tensor("bias", bias, real, {s.n_nets, s.n_modules - 1, s.width});
+  check_tensor("mixed", mixed, real, {s.n_nets, s.n_rows, s.width});
+  if (keep) check_kept(s, real, h, opened);
+  std::atomic<bool> all_fit = true;
   with_dtype(h0, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(bf16);
@@ -75,31 +84,31 @@ void routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor 
                               keep ? data<bool>(opened) : nullptr,
                               data<T>(mixed)};
     for_each_row_block(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
+      for (int64_t row = net * s.n_rows + first; row < net * s.n_rows + first + n_rows; ++row)
+        if (!fits_active(args.index + row * s.n_modules * s.n_kept, args.active[row], s.n_modules, s.n_kept)) {
+          all_fit = false;
+          return;
+        }
       kernel.forward(args, net, first, n_rows);
     });
   });
+  if (!all_fit) require_active(const_data<int32_t>(index), const_data<int32_t>(active), s);
 }
 
+// The routes are those that a forward pass has checked.
 void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor gate, Tensor flow, Tensor active, Tensor h,
-                             Tensor opened, bool residual, bool bf16, Tensor d_h0, Tensor d_weight, Tensor d_bias, Tensor d_gate) {
+                             Tensor opened, bool residual, bool bf16, bool to_weight, Tensor d_h0, Tensor d_weight,
+                             Tensor d_bias, Tensor d_gate) {
   const Sizes s = sizes_of(d_mixed, index, residual);
-  const int64_t rows = s.n_nets * s.n_rows, routes = rows * s.n_modules * s.n_kept;
-  const int64_t biases = s.n_nets * (s.n_modules - 1) * s.width, weights = biases * s.width;
-  check_numel("d_mixed", d_mixed, rows * s.width);
-  check_numel("weight", weight, weights);
-  check_numel("index", index, routes);
-  check_numel("gate", gate, routes);
-  check_numel("flow", flow, routes);
-  check_numel("active", active, rows);
-  check_numel("h", h, rows * s.n_modules * s.width);
-  check_numel("opened", opened, rows * s.n_modules * s.width);
-  check_numel("d_h0", d_h0, rows * s.width);
-  check_numel("d_gate", d_gate, routes);
-  const bool to_weight = d_weight.numel() > 0;
-  if (to_weight) {
-    check_numel("d_weight", d_weight, weights);
-    check_numel("d_bias", d_bias, biases);
-  }
+  const ScalarType real = d_mixed.scalar_type();
+  check_tensor("d_mixed", d_mixed, real, {s.n_nets, s.n_rows, s.width});
+  check_inputs(s, real, weight, index, gate, active);
+  check_tensor("routes.flow", flow, ScalarType::Bool, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
+  check_kept(s, real, h, opened);
+  check_tensor("d_h0", d_h0, real, {s.n_nets, s.n_rows, s.width});
+  check_tensor("d_gate", d_gate, real, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
+  if (to_weight) check_tensor("d_weight", d_weight, real, {s.n_nets, s.n_modules - 1, s.width, s.width});
+  if (to_weight) check_tensor("d_bias", d_bias, real, {s.n_nets, s.n_modules - 1, s.width});
   with_dtype(d_mixed, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(bf16);
@@ -117,8 +126,9 @@ void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor
                                const_data<bool>(opened),
                                data<T>(d_h0),
                                data<T>(d_gate)};
-    const std::vector<Gradient<T>> gradients{{to_weight ? data<T>(d_weight) : nullptr, weights / s.n_nets},
-                                             {to_weight ? data<T>(d_bias) : nullptr, biases / s.n_nets}};
+    const int64_t biases = (s.n_modules - 1) * s.width;  // of one network
+    const std::vector<Gradient<T>> gradients{{to_weight ? data<T>(d_weight) : nullptr, biases * s.width},
+                                             {to_weight ? data<T>(d_bias) : nullptr, biases}};
     const auto cost = [&](int64_t row) { return count_lines(args.active[row], s.n_modules); };
     sum_over_rows(s.n_nets, s.n_rows, gradients, cost, [&](int64_t net, int64_t first, int64_t n_rows, T* const* sums) {
       kernel.backward(args, net, first, n_rows, sums[0], sums[1]);

@@ -1,47 +1,47 @@
 // Route selection on the CPU: host side of select_routes_cpu.h.
 #include "operations.h"
 #include "parallel.h"
+#include "route_checks.h"
 
 namespace d2r_fast {
 namespace {
 
-struct RouteRows {
-  int64_t n_nets, n_rows;
-  RouteSizes size;
-  int64_t n_logits;  // R
-};
-
-RouteRows route_rows(const Tensor& index) {
-  const RouteRows s{index.size(0), index.size(1), {index.size(2), index.size(3)}, index.size(2) * (index.size(2) + 1) / 2};
-  check_routes(s.size.n_modules, s.size.n_kept);
+// `index` says E, B, N and K.
+Sizes route_sizes(const Tensor& index) {
+  check(index.dim() == 4, "index: expected [E,B,N,K], got ", shape_text(index.sizes()));
+  const Sizes s{index.size(0), index.size(1), index.size(2), index.size(3), 0, false};
+  check_routes(s.n_modules, s.n_kept);
   return s;
 }
 
+int64_t n_logits(const Sizes& s) { return s.n_modules * (s.n_modules + 1) / 2; }
+
 }  // namespace
 
-void select_routes(Tensor logits, Tensor temperature, Tensor noise, Tensor given, bool resrouting, Tensor index, Tensor gate,
-                   Tensor flow, Tensor active) {
-  const RouteRows s = route_rows(index);
-  const int64_t rows = s.n_nets * s.n_rows, routes = index.numel();
-  check_numel("logits", logits, rows * s.n_logits);
-  check_numel("index", index, routes);
-  check_numel("gate", gate, routes);
-  check_numel("flow", flow, routes);
-  check_numel("active", active, rows);
-  const bool sampled = noise.numel() > 0, is_given = given.numel() > 0;
-  if (sampled) check_numel("noise", noise, rows * s.n_logits);
-  if (sampled) check_numel("temperature", temperature, s.n_rows);
-  if (is_given) check_numel("given", given, routes);
+void select_routes(Tensor logits, std::optional<Tensor> temperature, std::optional<Tensor> noise, std::optional<Tensor> given,
+                   bool resrouting, Tensor index, Tensor gate, Tensor flow, Tensor active) {
+  const Sizes s = route_sizes(index);
+  const ScalarType real = logits.scalar_type();
+  check_tensor("logits", logits, real, {s.n_nets, s.n_rows, n_logits(s)});
+  check_tensor("index", index, ScalarType::Int, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
+  check_tensor("gate", gate, real, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
+  check_tensor("flow", flow, ScalarType::Bool, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
+  check_tensor("active", active, ScalarType::Int, {s.n_nets, s.n_rows});
+  check(noise.has_value() == temperature.has_value(), "temperature: expected one where there is noise, and none elsewhere");
+  if (noise) check_tensor("noise", *noise, real, {s.n_nets, s.n_rows, n_logits(s)});
+  if (temperature) check_tensor("temperature", *temperature, real, {s.n_rows});
+  GivenRoutes given_routes(given, s, data<int32_t>(index));
   with_dtype(logits, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(false);
     for_each_row_block(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
-      const int64_t row = net * s.n_rows + first, slot = row * s.size.n_modules * s.size.n_kept;
-      const RouteArgs<T> args{s.size,
-                              const_data<T>(logits) + row * s.n_logits,
-                              sampled ? const_data<T>(temperature) + first : nullptr,
-                              sampled ? const_data<T>(noise) + row * s.n_logits : nullptr,
-                              is_given ? const_data<int32_t>(given) + slot : nullptr,
+      const int64_t row = net * s.n_rows + first, slot = row * s.n_modules * s.n_kept;
+      if (!given_routes.take(row, n_rows)) return;
+      const RouteArgs<T> args{{s.n_modules, s.n_kept},
+                              const_data<T>(logits) + row * n_logits(s),
+                              noise ? const_data<T>(*temperature) + first : nullptr,
+                              noise ? const_data<T>(*noise) + row * n_logits(s) : nullptr,
+                              given_routes.any(),
                               resrouting,
                               data<int32_t>(index) + slot,
                               data<T>(gate) + slot,
@@ -50,21 +50,23 @@ void select_routes(Tensor logits, Tensor temperature, Tensor noise, Tensor given
       kernel.select_routes(args, n_rows);
     });
   });
+  given_routes.require_legal();
 }
 
 void select_routes_backward(Tensor d_gate, Tensor index, Tensor gate, Tensor d_logits) {
-  const RouteRows s = route_rows(index);
-  check_numel("d_gate", d_gate, index.numel());
-  check_numel("index", index, index.numel());
-  check_numel("gate", gate, index.numel());
-  check_numel("d_logits", d_logits, s.n_nets * s.n_rows * s.n_logits);
+  const Sizes s = route_sizes(index);
+  const ScalarType real = d_gate.scalar_type();
+  check_tensor("d_gate", d_gate, real, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
+  check_tensor("index", index, ScalarType::Int, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
+  check_tensor("gate", gate, real, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
+  check_tensor("d_logits", d_logits, real, {s.n_nets, s.n_rows, n_logits(s)});
   with_dtype(d_gate, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(false);
     for_each_row_block(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
-      const int64_t row = net * s.n_rows + first, slot = row * s.size.n_modules * s.size.n_kept;
-      kernel.select_routes_backward(s.size, const_data<T>(d_gate) + slot, const_data<int32_t>(index) + slot,
-                                    const_data<T>(gate) + slot, data<T>(d_logits) + row * s.n_logits, n_rows);
+      const int64_t row = net * s.n_rows + first, slot = row * s.n_modules * s.n_kept;
+      kernel.select_routes_backward({s.n_modules, s.n_kept}, const_data<T>(d_gate) + slot, const_data<int32_t>(index) + slot,
+                                    const_data<T>(gate) + slot, data<T>(d_logits) + row * n_logits(s), n_rows);
     });
   });
 }

@@ -63,7 +63,7 @@ void select_routes(const RouteArgs<T>& args, int64_t n_rows) {
         for (int64_t k = 0; k < kept; ++k)
           for (int lane = 0; lane < kGroup; ++lane) {
             const int64_t row = begin + std::min<int64_t>(lane, inside - 1);
-            const int32_t at = args.given[row * n_modules * n_kept + slot + k];
+            const int32_t at = args.index[row * n_modules * n_kept + slot + k];
             source[k][lane] = static_cast<T>(at);
             chosen[k][lane] = logit[at][lane];
           }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from d2r_fast.config import NetConfig
 from d2r_fast.ops import Routes, ensemble_linear, routed_modules, routed_network, select_routes
+from d2r_fast.ops.arguments import require_tensor, under_autocast
 from d2r_fast.ops.backends import choose_backend
 from d2r_fast.ops.ensemble_linear import FEWEST_ROWS
 from d2r_fast.ops.select_routes import RouteMode
@@ -106,21 +107,27 @@ class RoutedNetwork(nn.Module):
 
         ResRouting's gradient mask applies in training mode only. An out-of-range task adds nothing to `task`'s bias.
         On the CPU all layers run as one operation, unless a layer has hooks.
-        ValueError: x or task has another shape or dtype, or `choice` does not fit the rows.
+        ValueError: x or task has another shape, dtype or device, or `choice` does not fit the rows.
         """
+        require_tensor("x", x, "float")
+        require_tensor("task", task, "integer")
         if x.dim() != 2 or x.shape[1] != self.n_in:
             raise ValueError(f"x: expected [B,{self.n_in}], got {list(x.shape)}")
         if task.shape != x.shape[:1]:
             raise ValueError(f"task: expected [B={x.shape[0]}], got {list(task.shape)}")
-        if x.dtype != self.module_weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"x: expected {self.module_weight.dtype} like the parameters, got {x.dtype}")
+        device, dtype = self.module_weight.device, self.module_weight.dtype
+        for name, value in (("x", x), ("task", task)):
+            if value.device != device:
+                raise ValueError(f"{name}: expected device {device} like the parameters, got {value.device}")
+        if x.dtype != dtype and not under_autocast(x):
+            raise ValueError(f"x: expected {dtype} like the parameters, got {x.dtype}")
         cfg = self.cfg
         masked = cfg.resrouting and self.training
         if self._runs_as_one(x):
             return routed_network(
                 x, task, self._in_order(), cfg.top_k, *choice, cfg.residual, resrouting=masked, precision=cfg.precision
             )
-        onehot = (task[:, None] == torch.arange(self.n_tasks, device=task.device)).to(x.dtype)  # [B,T]
+        onehot = (task.to(torch.int64)[:, None] == torch.arange(self.n_tasks, device=task.device)).to(x.dtype)  # [B,T]
         f = self.base[1](self.base[0](x, relu=True))  # [E,B,H]
         logits = f * self.task(onehot)  # [E,B,H]
         for layer in self.route[:-1]:
@@ -137,7 +144,7 @@ class RoutedNetwork(nn.Module):
         """Whether `routed_network` takes all of it: on the CPU, for as many rows as make packing the weights worth it,
         and where nobody has hooked or replaced a layer, which would then be passed over."""
         layers = (*self.base, self.task, self.module0, self.head, *self.route)
-        if torch.is_autocast_enabled(x.device.type) or not all(type(v) is EnsembleLinear for v in layers):
+        if under_autocast(x) or not all(type(v) is EnsembleLinear for v in layers):
             return False
         if any(v._forward_hooks or v._forward_pre_hooks or v._backward_hooks or v._backward_pre_hooks for v in layers):
             return False

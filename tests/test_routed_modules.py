@@ -460,8 +460,8 @@ E, B, N, K, D = 2, 4, 5, 2, 8
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"h0": torch.zeros(B, D)}, r"h0: expected a float tensor \[E,B,D\], got torch.float32 \[4, 8\]"),
-        ({"h0": torch.zeros(E, B, D, dtype=torch.int32)}, r"h0: expected a float tensor .* got torch.int32"),
+        ({"h0": torch.zeros(B, D)}, r"h0: expected \[E,B,D\], got \[4, 8\]"),
+        ({"h0": torch.zeros(E, B, D, dtype=torch.int32)}, "h0: expected a float dtype, got torch.int32"),
         (
             {"index": torch.zeros(B, N, K, dtype=torch.int32)},
             r"routes.index: expected \[E=2,B=4,N,K\], got \[4, 5, 2\]",

@@ -323,7 +323,38 @@ def test_errors_say_what_was_expected():
     with pytest.raises(ValueError, match=r"noise: mode 'sampled' expects shape \[2, 20, 21\]"):
         net(x, task, RouteChoice.sampled(torch.ones(20), torch.zeros(1, 20, 21)))
     parameters = net._in_order()
-    with pytest.raises(RuntimeError, match=r"a weight: expected 2178 numbers, got 2112"):
-        routed_network(x, task, [*parameters[:2], parameters[2][:, :, 1:].contiguous(), *parameters[3:]], 2)
-    with pytest.raises(RuntimeError, match="expected a tensor of Double, got Float"):
-        routed_network(x, task, [*parameters[:2], parameters[2].float(), *parameters[3:]], 2)
+
+    def with_parameter(at, value):
+        return [*parameters[:at], value, *parameters[at + 1 :]]
+
+    for message, wrong in (
+        (r"x, task: expected \[B,n_in\] and \[B\], got \[20, 1, 7\] and \[20\]", (x[:, None], task, parameters)),
+        (r"x, task: expected \[B,n_in\] and \[B\], got \[20, 7\] and \[20, 1\]", (x, task[:, None], parameters)),
+        (r"task: expected an integer dtype, got torch.float64", (x, task.double(), parameters)),
+        (r"task: expected an integer dtype, got torch.complex64", (x, task.to(torch.complex64), parameters)),
+        (
+            r"parameters\[2\], a weight: expected shape \[2, 33, 33\], got \[2, 33, 32\]",
+            (x, task, with_parameter(2, parameters[2][:, :, 1:])),
+        ),
+        (
+            r"parameters\[6\], a weight: expected shape \[2, 20, 33\], got \[2, 33, 20\]",
+            (x, task, with_parameter(6, parameters[6].mT)),
+        ),
+        (
+            r"parameters\[3\], a bias: expected shape \[2, 33\], got \[2, 33, 1\]",
+            (x, task, with_parameter(3, parameters[3][..., None])),
+        ),
+        (
+            r"parameters\[2\], a weight: expected a tensor of Double, got Float",
+            (x, task, with_parameter(2, parameters[2].float())),
+        ),
+        (
+            r"parameters\[4\]: expected a dense tensor on cpu, got torch.strided on meta",
+            (x, task, with_parameter(4, parameters[4].to("meta"))),
+        ),
+        (r"parameters: expected weights .* 14 tensors or more", (x, task, parameters[:12])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            routed_network(*wrong, 2)
+    with pytest.raises(TypeError, match=r"parameters\[1\]: expected a tensor, got NoneType"):
+        routed_network(x, task, with_parameter(1, None), 2)

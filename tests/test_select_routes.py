@@ -364,8 +364,8 @@ INDEX = torch.zeros(E, B, N, K, dtype=torch.int32)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"logits": torch.zeros(B, R)}, r"logits: expected a float tensor \[E,B,R\], got torch.float32 \[4, 15\]"),
-        ({"logits": torch.zeros(E, B, R, dtype=torch.int64)}, r"logits: expected a float tensor .* got torch.int64"),
+        ({"logits": torch.zeros(B, R)}, r"logits: expected \[E,B,R\], got \[4, 15\]"),
+        ({"logits": torch.zeros(E, B, R, dtype=torch.int64)}, "logits: expected a float dtype, got torch.int64"),
         ({"logits": torch.zeros(E, B, 14)}, r"logits: expected a last axis of N\(N\+1\)/2 .* got 14"),
         ({"logits": torch.zeros(E, B, 0)}, r"logits: expected a last axis of N\(N\+1\)/2 .* got 0"),
         ({"logits": torch.zeros(E, B, 561)}, r"logits: expected at most 32 modules, got N=33"),
@@ -429,9 +429,9 @@ def test_make_routes_agrees_with_selected_ones():
 @pytest.mark.parametrize(
     ("index", "gate", "message"),
     [
-        (INDEX[0], NOISE, r"index: expected an integer tensor \[E,B,N,K\], K <= N <= 32, got torch.int32 \[4, 5, 2\]"),
-        (INDEX.float(), NOISE, r"index: expected an integer tensor .* got torch.float32"),
-        (INDEX[:, :, :1], NOISE, r"index: .* K <= N .* got torch.int32 \[2, 4, 1, 2\]"),
+        (INDEX[0], NOISE, r"index: expected \[E,B,N,K\], K <= N <= 32, got \[4, 5, 2\]"),
+        (INDEX.float(), NOISE, "index: expected an integer dtype, got torch.float32"),
+        (INDEX[:, :, :1], NOISE, r"index: .* K <= N .* got \[2, 4, 1, 2\]"),
         (INDEX, NOISE, r"gate: expected shape \[2, 4, 5, 2\] like index, got \[2, 4, 15\]"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from d2r_fast.ops.arguments import require_flag, require_tensor, under_autocast
 from d2r_fast.ops.backends import Backend, Precision, check_precision, choose_backend
 from d2r_fast.ops.cpp import ensemble_linear as cpp
 from d2r_fast.ops.reference.products import RoundedLinear
@@ -30,12 +31,14 @@ def ensemble_linear(
     precision see `d2r_fast.ops.backends`
 
     Returns [E,B,out]. Differentiable once on `cpp` and in bf16. Under autocast it is torch's own product.
-    ValueError: shapes, dtypes or devices disagree, or the backend cannot run.
+    ValueError: shapes, dtypes or devices disagree, or the backend cannot run. TypeError: an argument of another kind.
     """
-    n_nets, n_out, n_in = _check(x, weight, bias)
+    require_tensor("x", x, "float")
+    autocast = under_autocast(x)
+    n_nets, n_out, n_in = _check(x, weight, bias, autocast)
+    require_flag("relu", relu)
     check_precision(precision)
     few = backend == "auto" and n_nets * x.shape[-2] < FEWEST_ROWS
-    autocast = torch.is_autocast_enabled(x.device.type)
     # Under autocast x is what the layer before made, bf16 perhaps: whether the backend can run depends on the weight.
     chosen = choose_backend(
         backend, weight if autocast else x, 0 if backend == "triton" else max(n_in, n_out), precision
@@ -50,7 +53,9 @@ def ensemble_linear(
     return run(x, weight, bias, relu, precision)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[int, int, int]:
+def _check(x: Tensor, weight: Tensor, bias: Tensor, autocast: bool) -> tuple[int, int, int]:
+    require_tensor("weight", weight, "float")
+    require_tensor("bias", bias, "float")
     if weight.dim() != 3:
         raise ValueError(f"weight: expected [E,out,in], got {list(weight.shape)}")
     n_nets, n_out, n_in = weight.shape
@@ -59,8 +64,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[int, int, int]:
     if bias.shape != (n_nets, n_out):
         raise ValueError(f"bias: expected [E={n_nets},{n_out}], got {list(bias.shape)}")
     for name, value in (("weight", weight), ("bias", bias)):
-        if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if value.dtype != x.dtype and not autocast:
             raise ValueError(f"{name}: expected {x.dtype} like x, got {value.dtype}")
+        if value.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} like x, got {value.device}")
     return n_nets, n_out, n_in
 
 

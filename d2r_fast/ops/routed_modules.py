@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from d2r_fast.ops.arguments import require_flag, require_tensor, under_autocast
 from d2r_fast.ops.backends import Backend, Precision, check_precision, choose_backend, kernels
 from d2r_fast.ops.reference.routed_modules import ReferenceModules
-from d2r_fast.ops.select_routes import Routes
+from d2r_fast.ops.route_checks import require_active, require_legal_index
+from d2r_fast.ops.select_routes import MAX_MODULES, Routes
 
 
 def routed_modules(
@@ -28,28 +30,37 @@ def routed_modules(
     weight    [E,N-1,D,D]       W_i at [:, i-1], applied as W_i x (out, in); dtype and device of h0
     bias      [E,N-1,D]         b_i at [:, i-1]
     routes    index, gate, flow [E,B,N,K], active [E,B] as `select_routes` or `make_routes` return them; gate may be any
-              weights in h0's dtype; a module whose active bit is off is not computed
+              weights in h0's dtype; a module whose active bit is off is not computed, and may not be read
     residual  False: h_i = ReLU(W_i x_i + b_i)
     backend   "auto": the fastest that can run here; see `d2r_fast.ops.backends`
     precision what operands of the modules' products are rounded to; see `d2r_fast.ops.backends`
 
     Returns [E,B,D]. Differentiable once, in h0, weight, bias and routes.gate. Under autocast it runs in weight's dtype.
-    ValueError: shapes, dtypes or devices disagree, or the backend cannot run. An out-of-range index is undefined
-    behaviour.
+    ValueError: shapes, dtypes or devices disagree, a route reads a module that it may not or that is not active, or the
+    backend cannot run. TypeError: an argument of another kind. On a GPU nobody waits to look at the routes: a row whose
+    routes are illegal, which only routes made without `make_routes` can be, comes out as NaN.
     """
-    if torch.is_autocast_enabled(h0.device.type):
+    require_tensor("h0", h0, "float")
+    if not isinstance(routes, Routes):
+        raise TypeError(f"routes: expected Routes, got {type(routes).__name__}")
+    if under_autocast(h0):
         with torch.autocast(h0.device.type, enabled=False):
             routes = routes._replace(gate=routes.gate.to(weight.dtype))
             return routed_modules(h0.to(weight.dtype), weight, bias, routes, residual, backend, precision)
     _check(h0, weight, bias, routes)
+    require_flag("residual", residual)
     check_precision(precision)
     chosen = choose_backend(backend, h0, h0.shape[2], precision)
+    if chosen != "cpp" and not (chosen == "triton" and h0.is_cuda):
+        require_legal_index(routes.index, "routes.index")
+        require_active(routes.index, routes.active)
     if chosen == "reference":
         return ReferenceModules.apply(h0, weight, bias, routes.gate, routes.index, routes.flow, residual, precision)
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in (h0, weight, bias, routes.gate))
-    index = routes.index.to(torch.int32)
     run: Any = _forward if torch.compiler.is_compiling() else _Eager.apply
-    return run(h0, weight, bias, index, routes.gate, routes.flow, routes.active, residual, precision, keep, chosen)[0]
+    return run(
+        h0, weight, bias, routes.index, routes.gate, routes.flow, routes.active, residual, precision, keep, chosen
+    )[0]
 
 
 def _run_forward(
@@ -167,23 +178,25 @@ class _Eager(torch.autograd.Function):
 
 
 def _check(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes) -> None:
-    if h0.dim() != 3 or not h0.is_floating_point():
-        raise ValueError(f"h0: expected a float tensor [E,B,D], got {h0.dtype} {list(h0.shape)}")
+    if h0.dim() != 3:
+        raise ValueError(f"h0: expected [E,B,D], got {list(h0.shape)}")
     n_nets, rows, width = h0.shape
+    require_tensor("routes.index", routes.index, "integer")
     if routes.index.dim() != 4 or list(routes.index.shape[:2]) != [n_nets, rows]:
         raise ValueError(f"routes.index: expected [E={n_nets},B={rows},N,K], got {list(routes.index.shape)}")
-    if routes.index.is_floating_point():
-        raise ValueError(f"routes.index: expected an integer dtype, got {routes.index.dtype}")
-    if routes.index.device != h0.device:
-        raise ValueError(f"routes.index: expected device {h0.device} like h0, got {routes.index.device}")
-    n_modules = routes.index.shape[2]
+    n_modules, k = routes.index.shape[2:]
+    if not 1 <= k <= n_modules <= MAX_MODULES:
+        raise ValueError(f"routes.index: expected 1 <= K <= N <= {MAX_MODULES}, got {list(routes.index.shape)}")
     for name, value, shape, dtype in (
+        ("routes.index", routes.index, list(routes.index.shape), torch.int32),
         ("weight", weight, [n_nets, n_modules - 1, width, width], h0.dtype),
         ("bias", bias, [n_nets, n_modules - 1, width], h0.dtype),
         ("routes.gate", routes.gate, list(routes.index.shape), h0.dtype),
         ("routes.flow", routes.flow, list(routes.index.shape), torch.bool),
         ("routes.active", routes.active, [n_nets, rows], torch.int32),
     ):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
         if list(value.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
         if value.dtype != dtype:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from d2r_fast.ops.arguments import require_flag, require_tensor
 from d2r_fast.ops.backends import Precision, check_precision
 from d2r_fast.ops.cpp import routed_network as cpp
 from d2r_fast.ops.select_routes import RouteMode, Routes, check_select_arguments
@@ -38,9 +39,19 @@ def routed_network(
     k, mode, temperature, noise, index, resrouting: as in `select_routes`; residual, precision: as in `routed_modules`
 
     Differentiable once, in x, the parameters, and through the routes' gates.
-    ValueError: an argument that does not fit the mode. RuntimeError: parameters that do not fit each other.
+    ValueError: an argument that does not fit the mode, a source in `index` that its route may not read, or parameters
+    that do not fit x or each other. TypeError: an argument of another kind.
     """
+    require_tensor("x", x, "float")
+    require_tensor("task", task, "integer")
     check_precision(precision)
+    require_flag("residual", residual)
+    require_flag("resrouting", resrouting)
+    _check_parameters(parameters)
+    if x.dim() != 2 or task.shape != x.shape[:1]:
+        raise ValueError(f"x, task: expected [B,n_in] and [B], got {list(x.shape)} and {list(task.shape)}")
+    if not (x.is_cpu and task.is_cpu):
+        raise ValueError(f"x, task: expected tensors on cpu, got {x.device} and {task.device}")
     n_nets, n_modules = len(parameters[0]), parameters[cpp.MODULES].shape[1] + 1
     logits_shape = (n_nets, len(x), n_modules * (n_modules + 1) // 2)
     check_select_arguments(logits_shape, x.device, k, mode, temperature, noise, index)
@@ -52,6 +63,22 @@ def routed_network(
         out, *routes = _Eager.apply(x, task, temperature, noise, index, *settings, *parameters)
     gate, chosen, flow, active = routes[:4]
     return out, Routes(chosen, gate, flow, active)
+
+
+def _check_parameters(parameters: Sequence[Tensor]) -> None:
+    """What the library, which looks at shapes and dtypes, cannot look at."""
+    for i, parameter in enumerate(parameters):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameters[{i}]: expected a tensor, got {type(parameter).__name__}")
+        if not parameter.is_cpu or parameter.layout is not torch.strided:
+            raise ValueError(
+                f"parameters[{i}]: expected a dense tensor on cpu, got {parameter.layout} on {parameter.device}"
+            )
+    if len(parameters) <= cpp.ROUTE or parameters[0].dim() != 3 or parameters[cpp.MODULES].dim() != 4:
+        raise ValueError(
+            f"parameters: expected weights [E,out,in] and, at {cpp.MODULES}, [E,N-1,D,D], {cpp.ROUTE + 2} tensors or "
+            f"more, got shapes {[list(p.shape) for p in parameters]}"
+        )
 
 
 @torch.library.custom_op("d2r_fast::routed_network", mutates_args=())

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from d2r_fast.ops.arguments import require_flag, require_tensor, under_autocast
 from d2r_fast.ops.backends import Backend, choose_backend, kernels
 from d2r_fast.ops.reference import select_routes as reference
+from d2r_fast.ops.route_checks import require_legal_index
 
 MAX_MODULES = 32  # a row's active modules are the bits of one int32
 RouteMode = Literal["greedy", "sampled", "given"]
@@ -55,23 +57,27 @@ def select_routes(
                 the k largest of logits / temperature + noise. "given": the sources in `index`.
     temperature [B] float, positive, each row's route temperature ("sampled" only)
     noise       [E,B,R] float, standard Gumbel ("sampled" only)
-    index       [E,B,N,K] integer ("given" only), each used slot a distinct source below i; unused slots are ignored.
-                An out-of-range index is undefined behaviour.
+    index       [E,B,N,K] integer ("given" only), each used slot a distinct source below i; unused slots are ignored
     resrouting  False: gradients flow everywhere (flow is True in every used slot)
     backend     "auto": the fastest that can run here; see `d2r_fast.ops.backends`
 
     Returns `Routes`; `gate` carries the gradient to the chosen logits (once differentiable except on the reference),
     the rest is constant. Under autocast it runs in float32.
-    ValueError: k outside 1..N, a shape, dtype, device or argument that does not fit the mode, or a backend that cannot
-    run.
+    ValueError: k outside 1..N, a shape, dtype, device or argument that does not fit the mode, a source in `index` that
+    its route may not read, or a backend that cannot run. TypeError: an argument of another kind. In a CUDA graph being
+    captured, and under torch.compile unless on `cpp`, an illegal source is an assertion on the device.
     """
-    if torch.is_autocast_enabled(logits.device.type):
+    require_tensor("logits", logits, "float")
+    if under_autocast(logits):
         with torch.autocast(logits.device.type, enabled=False):
             return select_routes(logits.float(), k, mode, temperature, noise, index, resrouting, backend)
-    if logits.dim() != 3 or not logits.is_floating_point():
-        raise ValueError(f"logits: expected a float tensor [E,B,R], got {logits.dtype} {list(logits.shape)}")
+    if logits.dim() != 3:
+        raise ValueError(f"logits: expected [E,B,R], got {list(logits.shape)}")
+    require_flag("resrouting", resrouting)
     n_modules = check_select_arguments(tuple(logits.shape), logits.device, k, mode, temperature, noise, index)
     chosen = choose_backend(backend, logits)
+    if index is not None and chosen != "cpp":  # whose kernels look themselves
+        require_legal_index(index)
     if chosen == "reference":
         return Routes(*reference.forward(logits, temperature, noise, index, k, n_modules, resrouting))
     run: Any = _select if torch.compiler.is_compiling() else _Eager.apply
@@ -87,16 +93,21 @@ def make_routes(index: Tensor, gate: Tensor, flow: Tensor | None = None) -> Rout
     flow  [E,B,N,K] bool      where the gradient may enter the source's ReLU layer; None: everywhere
 
     With K = N and index[..., k] = k this is dense routing, as in soft modularization.
-    ValueError: shapes or dtypes disagree.
+    ValueError: shapes, dtypes or devices disagree, or a route reads a module that it may not. TypeError: no tensors. On
+    a GPU this waits for it, to look at `index`; in a graph being captured or compiled it asserts on the device instead.
     """
-    if index.dim() != 4 or index.is_floating_point() or not 1 <= index.shape[3] <= index.shape[2] <= MAX_MODULES:
-        raise ValueError(
-            f"index: expected an integer tensor [E,B,N,K], K <= N <= {MAX_MODULES}, got "
-            f"{index.dtype} {list(index.shape)}"
-        )
+    require_tensor("index", index, "integer")
+    require_tensor("gate", gate, "float")
+    if index.dim() != 4 or not 1 <= index.shape[3] <= index.shape[2] <= MAX_MODULES:
+        raise ValueError(f"index: expected [E,B,N,K], K <= N <= {MAX_MODULES}, got {list(index.shape)}")
+    if flow is not None and not (isinstance(flow, Tensor) and flow.dtype == torch.bool):
+        raise TypeError(f"flow: expected a bool tensor, got {getattr(flow, 'dtype', type(flow).__name__)}")
     for name, value in (("gate", gate), ("flow", flow)):
         if value is not None and value.shape != index.shape:
             raise ValueError(f"{name}: expected shape {list(index.shape)} like index, got {list(value.shape)}")
+        if value is not None and value.device != index.device:
+            raise ValueError(f"{name}: expected device {index.device} like index, got {value.device}")
+    require_legal_index(index)
     n_modules, k = index.shape[2:]
     route = torch.arange(1, n_modules + 1, device=index.device)
     used = torch.arange(k, device=index.device) < route[:, None]  # [N,K]
@@ -190,6 +201,8 @@ def check_select_arguments(
     """ValueError unless the arguments fit logits [E,B,R] on `device`, as `select_routes` says; returns N."""
     n_nets, rows, n_logits = logits_shape
     n_modules = modules_for(n_logits)
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: expected an int, got {k!r}")
     if not 1 <= k <= n_modules:
         raise ValueError(f"k: expected 1..N={n_modules} sources a route, got {k}")
     wanted = {
@@ -197,7 +210,7 @@ def check_select_arguments(
         "sampled": {"temperature": (temperature, [rows]), "noise": (noise, [n_nets, rows, n_logits])},
         "given": {"index": (index, [n_nets, rows, n_modules, k])},
     }
-    if mode not in wanted:
+    if not isinstance(mode, str) or mode not in wanted:
         raise ValueError(f"mode: expected one of {', '.join(wanted)}, got {mode!r}")
     for name, value in {"temperature": temperature, "noise": noise, "index": index}.items():
         if name not in wanted[mode]:
@@ -205,20 +218,22 @@ def check_select_arguments(
                 raise ValueError(f"{name}: not used by mode {mode!r}, so expected None")
             continue
         shape = wanted[mode][name][1]
-        if value is None or list(value.shape) != shape:
-            raise ValueError(
-                f"{name}: mode {mode!r} expects shape {shape}, got {None if value is None else list(value.shape)}"
-            )
+        if value is None:
+            raise ValueError(f"{name}: mode {mode!r} expects shape {shape}, got None")
+        require_tensor(name, value, "integer" if name == "index" else "float")
+        if list(value.shape) != shape:
+            raise ValueError(f"{name}: mode {mode!r} expects shape {shape}, got {list(value.shape)}")
         if value.device != device:
             raise ValueError(f"{name}: expected device {device} like logits, got {value.device}")
-        if value.is_floating_point() == (name == "index"):
-            kind = "an integer" if name == "index" else "a float"
-            raise ValueError(f"{name}: expected {kind} dtype, got {value.dtype}")
     return n_modules
 
 
 def unpack_active(active: Tensor, n_modules: int) -> Tensor:
-    """The active bits as a mask: [...] int32 -> [...,N] bool."""
+    """The active bits as a mask: [...] int32 -> [...,N] bool. ValueError: another dtype, or N outside 1..32."""
+    if not isinstance(active, Tensor) or active.dtype != torch.int32:
+        raise ValueError(f"active: expected an int32 tensor, got {getattr(active, 'dtype', type(active).__name__)}")
+    if not isinstance(n_modules, int) or not 1 <= n_modules <= MAX_MODULES:
+        raise ValueError(f"n_modules: expected 1..{MAX_MODULES}, got {n_modules!r}")
     module = torch.arange(n_modules, dtype=torch.int32, device=active.device)
     return active[..., None].bitwise_right_shift(module).bitwise_and(1).bool()
 

@@ -22,5 +22,5 @@ def backward(
     d_weight = weight.new_empty(weight.shape if to_weight else 0)
     d_bias = weight.new_empty((n_nets, n_out) if to_weight else 0)
     inputs = (v.contiguous() for v in (d_y, x, weight, y))
-    operations().linear_backward(*inputs, relu, precision == "bf16", d_x, d_weight, d_bias)
+    operations().linear_backward(*inputs, relu, precision == "bf16", to_x, to_weight, d_x, d_weight, d_bias)
     return d_x, d_weight, d_bias

@@ -28,7 +28,7 @@ def forward(
     opened = torch.empty(kept_shape, dtype=torch.bool)
     inputs = (v.contiguous() for v in (h0, weight, bias, index, gate, active))
     bf16 = precision == "bf16"
-    operations().routed_modules(*inputs, residual, bf16, mixed, h, opened)
+    operations().routed_modules(*inputs, residual, bf16, keep, mixed, h, opened)
     return mixed, h, opened
 
 
@@ -51,5 +51,5 @@ def backward(
     d_bias = weight.new_empty(weight.shape[:3] if to_weight else 0)
     inputs = (v.contiguous() for v in (d_mixed, weight, index, gate, flow, active, h, opened))
     bf16 = precision == "bf16"
-    operations().routed_modules_backward(*inputs, residual, bf16, d_h0, d_weight, d_bias, d_gate)
+    operations().routed_modules_backward(*inputs, residual, bf16, to_weight, d_h0, d_weight, d_bias, d_gate)
     return d_h0, d_weight, d_bias, d_gate

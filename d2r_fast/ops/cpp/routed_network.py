@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from d2r_fast.ops.cpp.library import operations
+from d2r_fast.ops.cpp.select_routes import readable_index
 
 # Where a network's parameters stand in the list, weight then bias of each; the routing network's come last.
 BASE, MODULES, HEAD, ROUTE = 0, 8, 10, 12
@@ -42,15 +43,14 @@ def forward(
     n_activations, kept_shape = saved_shapes(x, parameters, keep)
     activations, h = x.new_empty(n_activations), x.new_empty(kept_shape)
     opened = torch.empty(kept_shape, dtype=torch.bool)
-    none = x.new_empty(0)
-    temperature, noise = (none if v is None else v.to(x.dtype).contiguous() for v in (temperature, noise))
-    given = none if given is None else given.to(torch.int32).contiguous()
+    temperature, noise = (None if v is None else v.to(x.dtype).contiguous() for v in (temperature, noise))
+    given = None if given is None else readable_index(given)
     operations().network(
         x.contiguous(),
         task.to(torch.int64).contiguous(),
         [p.contiguous() for p in parameters],
         *(temperature, noise, given),
-        *(residual, resrouting, precision == "bf16"),
+        *(residual, resrouting, precision == "bf16", keep),
         *(out, index, gate, flow, active, activations, h, opened),
     )
     return out, gate, index, flow, active, activations, h, opened
@@ -83,12 +83,12 @@ def backward(
     d_parameters = [p.new_empty(p.shape) for p in parameters] if to_parameters else []
     operations().network_backward(
         d_out.contiguous(),
-        x.new_empty(0) if to_gate is None else to_gate.contiguous(),
+        None if to_gate is None else to_gate.contiguous(),
         x.contiguous(),
         task.to(torch.int64).contiguous(),
         [p.contiguous() for p in parameters],
         *(index, gate, flow, active, activations, h, opened),
-        *(residual, precision == "bf16"),
+        *(residual, precision == "bf16", to_x),
         *(d_x, d_parameters),
     )
     return d_x.sum(0) if to_x else d_x, d_parameters

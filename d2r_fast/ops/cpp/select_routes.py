@@ -19,11 +19,17 @@ def forward(
     shape = (*logits.shape[:2], n_modules, k)
     index, gate = torch.empty(shape, dtype=torch.int32), logits.new_empty(shape)
     flow, active = torch.empty(shape, dtype=torch.bool), torch.empty(shape[:2], dtype=torch.int32)
-    none = logits.new_empty(0)
-    temperature, noise = (none if v is None else v.to(logits.dtype).contiguous() for v in (temperature, noise))
-    given = none if given is None else given.to(torch.int32).contiguous()
+    temperature, noise = (None if v is None else v.to(logits.dtype).contiguous() for v in (temperature, noise))
+    given = None if given is None else readable_index(given)
     operations().select_routes(logits.contiguous(), temperature, noise, given, resrouting, index, gate, flow, active)
     return index, gate, flow, active
+
+
+def readable_index(index: Tensor) -> Tensor:
+    """The same numbers, contiguous, in a dtype that the library reads: as they come, unless they come in a rare one."""
+    if index.dtype not in (torch.uint8, torch.int32, torch.int64):
+        index = index.to(torch.int64)
+    return index.contiguous()
 
 
 def backward(d_gate: Tensor, index: Tensor, gate: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def product(a: Tensor, b: Tensor, precision: str, start: Tensor | None = None) -
 
 
 class RoundedLinear(torch.autograd.Function):
-    """`ensemble_linear` of rounded operands. Autograd would round the gradients of the casts, not what they multiply."""
+    """`ensemble_linear` of rounded operands: autograd alone would round the gradients too, as a cast's gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, precision: str) -> Tensor:
