@@ -205,6 +205,8 @@ def _presets(args: list[str]) -> int:
 
 
 def _version(package: str) -> str:
+    if package == "torch":  # with its build, which the package's metadata may lack: 2.13.0+cu130
+        return torch.__version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

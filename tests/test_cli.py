@@ -7,6 +7,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -295,6 +297,43 @@ def test_info():
     assert states["cpp:"].startswith("ready (")
     assert states["triton:"].startswith(("ready", "needs"))
     assert ("none" in told["gpu"]) == (not torch.cuda.is_available())
+
+
+# Only what Python, torch and numpy bring can be imported.
+CORE_ONLY = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {extra}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+{code}
+"""
+EXTRA = ("cattrs", "envpool", "gymnasium", "matplotlib", "metaworld", "mujoco", "psutil", "tensorboard", "tqdm", "tyro")
+
+
+def without_the_extra(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CORE_ONLY.format(extra=EXTRA, code=code)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_without_the_training_extra_it_says_what_to_install():
+    done = without_the_extra("from d2r_fast.__main__ import main; sys.exit(main())")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"d2r needs the training extra \((\w+) is not installed\): pip install 'd2r_fast\[train\]'\n", done.stderr
+    )
+
+
+def test_the_network_needs_no_training_extra():
+    done = without_the_extra(
+        "import torch, d2r_fast as d; "
+        "net = d.RoutedNetwork(39, 8, 2, 1, d.NetConfig(n_modules=3, module_width=8)); "
+        "net(torch.randn(4, 39), torch.arange(4) % 2)[0].sum().backward()"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help():
