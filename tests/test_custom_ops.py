@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_a_missing_library_is_named_and_the_reference_runs(monkeypatch, tmp_path
         assert "not built" in backends.availability()["cpp"]
         logits, *_ = inputs()
         assert backends.choose_backend("auto", logits) == "reference"
-        with pytest.raises(ValueError, match="backend cpp: not built: installing the package builds it, given CMake"):
+        with pytest.raises(ValueError, match="backend cpp: not built: install a C..20 compiler"):
             select_routes(logits, K, backend="cpp")
         (tmp_path / "_cpu.so").write_text("not a library")
         library._load.cache_clear()
@@ -119,6 +120,20 @@ def test_a_missing_library_is_named_and_the_reference_runs(monkeypatch, tmp_path
         assert "built for another torch or machine" in backends.availability()["cpp"]
     finally:
         library._load.cache_clear()
+
+
+def test_the_slow_path_is_warned_of_once_and_not_where_it_was_asked_for(monkeypatch):
+    monkeypatch.setitem(backends.STATE, "cpp", "not built: do this")
+    backends._warn_of_the_slow_path.cache_clear()
+    leaves = inputs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        both(*leaves, "reference")
+    with pytest.warns(RuntimeWarning, match=r"slow reference runs on this CPU, .* not built: do this") as told:
+        both(*leaves, "auto")
+        both(*leaves, "auto")
+        torch.compile(both, fullgraph=True, backend="eager")(*leaves, "auto")
+    assert len([w for w in told if "slow reference" in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ bf16       rounded to bfloat16, to nearest even, on every backend and processor:
 """
 
 import os
+import warnings
+from functools import lru_cache
 from importlib import import_module, util
 from types import ModuleType
 from typing import Literal
@@ -81,11 +83,18 @@ def choose_backend(backend: str, tensor: Tensor, width: int = 0, precision: str 
         why = f"expected a width of at most {widest}, got {width}"
     elif not STATE[name].startswith("ready"):
         why = STATE[name]
+        if backend == "auto" and name == "cpp" and not torch.compiler.is_compiling():  # where a warning cannot be given
+            _warn_of_the_slow_path(why)
     else:
         return name
     if backend == "auto":
         return "reference"
     raise ValueError(f"backend {backend}: {why}")
+
+
+@lru_cache(maxsize=1)  # once a process
+def _warn_of_the_slow_path(why: str) -> None:
+    warnings.warn(f"the slow reference runs on this CPU, for the C++ kernels are {why}", RuntimeWarning, stacklevel=3)
 
 
 def check_precision(precision: str) -> None:

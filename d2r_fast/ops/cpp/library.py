@@ -9,19 +9,23 @@ import torch
 
 LIBRARY = Path(__file__).parents[2] / "_cpu.so"
 MAX_WIDTH = 1024
+MEND = (
+    "install a C++20 compiler (g++ or clang++), then this package again, in its checkout: "
+    "pip install -v --force-reinstall --no-deps ."
+)
 
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library with its operations registered, or why there is none."""
     if not LIBRARY.is_file():
-        return None, "not built: installing the package builds it, given CMake and a C++20 compiler"
+        return None, f"not built: {MEND}"
     try:
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
         library.d2r_fast_isa.restype = ctypes.c_char_p
     except OSError as error:
-        return None, f"{LIBRARY.name} was built for another torch or machine ({error}): install the package again"
+        return None, f"built for another torch or machine ({error}): {MEND}"
     return library, ""
 
 
