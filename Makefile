@@ -1,24 +1,26 @@
-# make setup | train | test | check. Everything runs in .venv, which `setup` makes from PYTHON.
+# make setup | train | test | check: everything runs in .venv, which `setup` makes from PYTHON and TORCH.
+# make wheel | wheel-check | matrix: what users get, and where it runs (docs/matrix.md).
 PYTHON ?= python3
+TORCH  ?= 2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Where `matrix` and `wheel-check` keep their environments: 1 GB each, 5 GB with a CUDA build of torch.
+ENVS   ?= build/envs
 
 # What to train: any name that `.venv/bin/d2r presets` prints, or the path of a run's config.json.
 PRESET ?= quick
 ARGS   ?=
 
-.PHONY: setup train test check clean
+.PHONY: setup train test check wheel wheel-check matrix clean
 
 setup: $(STAMP)
 
-# Editable, so that a change to a Python file needs no new install. Build isolation is off because
-# an isolated build environment would download a second torch; csrc/ is built against the one installed here.
+# Editable, so that a change to a Python file needs no new install.
 $(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel cmake -c constraints.txt
-	$(BIN)/python -m pip install --quiet torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)" -e '.[dev]' -c constraints.txt
 	touch $@
 
 train: setup
@@ -31,6 +33,21 @@ check: setup
 	$(BIN)/ruff check d2r_fast kernels tests benches setup.py
 	$(BIN)/ruff format --check d2r_fast kernels tests benches setup.py
 	$(BIN)/mypy
+
+# For any Python from 3.11 and any torch from 2.11. Without a compiler there is none: it would be named -any.whl.
+wheel:
+	rm -rf dist build/lib.* build/bdist.*
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	ls dist/*-py3-none-linux_*.whl
+
+# That wheel in a fresh environment without the checkout.
+wheel-check:
+	bash tools/wheel_check.sh $(PYTHON) $(TORCH) $(ENVS)
+
+# All tests on one Python and one torch, against the package as pip installs it.
+matrix:
+	bash tools/matrix.sh $(PYTHON) $(TORCH) $(ENVS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -4,10 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
@@ -35,31 +35,27 @@ DEV = [
 
 
 class BuildCpuLibrary(build_ext):
-    """csrc/ to d2r_fast/_cpu.so. Without CMake, a compiler or torch's headers the package installs all the same, and
-    its backend `cpp` says why it is missing."""
+    """csrc/ to d2r_fast/_cpu.so. Without a C++20 compiler the package installs all the same, and warns at its first use
+    of the slow reference: pip shows what is printed here only with -v."""
 
     def run(self) -> None:
         package = HERE / "d2r_fast" if self.inplace else Path(self.build_lib) / "d2r_fast"
         try:
             self.build_library(Path(self.build_temp).absolute() / "csrc", package)
-        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        except (OSError, subprocess.CalledProcessError) as error:
+            (package / "_cpu.so").unlink(missing_ok=True)  # an older one might not fit the package
             output = getattr(error, "stdout", None) or b""
             print(output.decode(errors="replace")[-4000:], file=sys.stderr)
-            print(f"d2r_fast: built without the C++ backend, the slow reference runs instead: {error}", file=sys.stderr)
+            print(f"d2r_fast: built without the C++ kernels, the slow reference runs instead: {error}", file=sys.stderr)
 
     def build_library(self, build: Path, package: Path) -> None:
-        search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        cmake, spec = shutil.which("cmake", path=search), util.find_spec("torch")
-        if cmake is None:
-            raise RuntimeError("no cmake found: pip install cmake, or install it from your system's packages")
-        if spec is None or spec.origin is None:
-            raise RuntimeError("no torch found: install it first, and this package with pip's --no-build-isolation")
-        torch = Path(spec.origin).parent
-        # A cache from another torch or another compiler would keep its paths.
+        # A cache from another compiler would keep its paths.
         shutil.rmtree(build, ignore_errors=True)
-        paths = [f"-DTORCH_INCLUDE={torch / 'include'}", f"-DTORCH_LIBRARIES={torch / 'lib'}"]
+        # pip puts the cmake of pyproject.toml on PATH, but not the one of a virtual environment that is not activated.
+        search = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+        cmake = shutil.which("cmake", path=search) or "cmake"
         for command in (
-            [cmake, "-S", str(HERE / "csrc"), "-B", str(build), *paths],
+            [cmake, "-S", str(HERE / "csrc"), "-B", str(build)],
             [cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)],
         ):
             subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -76,6 +72,14 @@ class BuildCpuLibrary(build_ext):
         return {}
 
 
+class Wheel(bdist_wheel):
+    """The library is for this platform, but for any Python; without it the wheel is for any platform too."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = any(Path(self.bdist_dir).glob("**/_cpu.so"))
+        return "py3", "none", super().get_tag()[2] if built else "any"
+
+
 setup(
     name="d2r_fast",
     version="0.1.0",
@@ -83,15 +87,15 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    license_files=["LICENSE"],
-    python_requires=">=3.11,<3.14",
+    license_files=["LICENSE", "csrc/third_party/torch/LICENSE"],
+    python_requires=">=3.11",
     packages=[*find_packages(include=["d2r_fast", "d2r_fast.*"]), "d2r_fast.kernels"],
     package_dir={"d2r_fast.kernels": "kernels"},
     package_data={"d2r_fast": ["py.typed"]},
     ext_modules=[Extension("d2r_fast._cpu", sources=[])],
-    cmdclass={"build_ext": BuildCpuLibrary},
+    cmdclass={"build_ext": BuildCpuLibrary, "bdist_wheel": Wheel},
     # The network and its operations need only these; everything that trains is in the extra.
     install_requires=["numpy>=1.26", "torch>=2.11"],
     extras_require={"train": TRAIN, "dev": TRAIN + DEV},
-    entry_points={"console_scripts": ["d2r = d2r_fast.cli:main"]},
+    entry_points={"console_scripts": ["d2r = d2r_fast.__main__:main"]},
 )
