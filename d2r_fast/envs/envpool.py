@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ from d2r_fast.envs.metaworld import (
     CallOrder,
     Goals,
     MultiTaskEnvs,
+    NumberCheck,
     Step,
     check_action,
     check_sizes,
@@ -23,6 +25,7 @@ from d2r_fast.envs.metaworld import (
     usable_cores,
 )
 from d2r_fast.envs.scenes import hammer_base_path
+from d2r_fast.memory import giving_back_memory
 
 
 class EnvPoolEnvs(MultiTaskEnvs):
@@ -72,6 +75,7 @@ class EnvPoolEnvs(MultiTaskEnvs):
         self.episode_length = episode_length
         self.reward_scale = reward_scale
         self._order = CallOrder()
+        self._numbers = NumberCheck(tasks)
         self._fixed_goals = goals == "fixed"
         self._envpool = _import_envpool()
         self._pool_settings: list[dict[str, Any]] = [
@@ -91,15 +95,17 @@ class EnvPoolEnvs(MultiTaskEnvs):
 
     def reset(self) -> np.ndarray:
         self._order.expect("reset", "made", "ready")
-        unused = self._order.state == "made"
+        renew = self._fixed_goals and self._order.state != "made"
         self._order.state = "broken"
-        for k in range(self.n_tasks):
-            if self._fixed_goals and not unused:
-                self._renew_pool(k)
-            self._pools[k].async_reset()
+        with giving_back_memory() if renew else nullcontext():
+            for k in range(self.n_tasks):
+                if renew:
+                    self._renew_pool(k)
+                self._pools[k].async_reset()
         obs = self._empty(OBS_SIZE)  # [T,n,O]
         for k in range(self.n_tasks):
             obs[k] = self._recv_first_obs(k)
+        self._numbers.first(obs)
         self._order.state = "ready"
         return obs
 
@@ -122,39 +128,47 @@ class EnvPoolEnvs(MultiTaskEnvs):
             truncated=np.zeros((self.n_tasks, self.envs_per_task), bool),
             success=np.zeros((self.n_tasks, self.envs_per_task), bool),
         )
-        for k in range(self.n_tasks):
-            next_obs, reward, terminated, truncated, info = self._pools[k].recv()
-            correction = FIDELITY[self.tasks[k]].correction
-            if correction == "open_gripper_reward":
-                reward = open_gripper_reward(reward, next_obs, info["grasp_reward"])
-            elif correction == "first_handle":
-                next_obs = first_handle(next_obs, info["elapsed_step"])
-            step.next_obs[k], step.reward[k] = next_obs, reward
-            step.success[k] = info["success"]
-            step.truncated[k] = truncated
-            if terminated.any() or truncated.any() != truncated.all():
-                raise RuntimeError(
-                    f"EnvPool's environments of {self.tasks[k]} must end together and by time alone, "
-                    f"got terminated={terminated}, truncated={truncated}, elapsed_step={info['elapsed_step']}"
-                )
-            if truncated.all() and self._fixed_goals:
-                self._renew_pool(k)
-                self._pools[k].async_reset()
-            elif truncated.all():
-                # EnvPool begins the next episode at the following call, whatever its action. Making that call here,
-                # before the other pools are waited for, lets the resets of all pools overlap.
-                self._pools[k].send(np.zeros((self.envs_per_task, ACTION_SIZE), np.float32))
+        renew = self._fixed_goals and self._numbers.at_step + 1 == self.episode_length
+        with giving_back_memory() if renew else nullcontext():
+            for k in range(self.n_tasks):
+                self._recv_pool(k, step)
         step.reward[:] *= self.reward_scale
         step.obs[:] = step.next_obs
         for k in range(self.n_tasks):
             if step.truncated[k].all():
                 step.obs[k] = self._recv_first_obs(k)
+        self._numbers.step(step)
         self._order.state = "ready"
         return step
 
+    def _recv_pool(self, k: int, step: Step) -> None:
+        """Write one pool's share of a step, all but `obs`, and begin its next episode where this one ended."""
+        next_obs, reward, terminated, truncated, info = self._pools[k].recv()
+        correction = FIDELITY[self.tasks[k]].correction
+        if correction == "open_gripper_reward":
+            reward = open_gripper_reward(reward, next_obs, info["grasp_reward"])
+        elif correction == "first_handle":
+            next_obs = first_handle(next_obs, info["elapsed_step"])
+        step.next_obs[k], step.reward[k] = next_obs, reward
+        step.success[k] = info["success"]
+        step.truncated[k] = truncated
+        if terminated.any() or truncated.any() != truncated.all():
+            raise RuntimeError(
+                f"EnvPool's environments of {self.tasks[k]} must end together and by time alone, "
+                f"got terminated={terminated}, truncated={truncated}, elapsed_step={info['elapsed_step']}"
+            )
+        if truncated.all() and self._fixed_goals:
+            self._renew_pool(k)
+            self._pools[k].async_reset()
+        elif truncated.all():
+            # EnvPool begins the next episode at the following call, whatever its action. Making that call here,
+            # before the other pools are waited for, lets the resets of all pools overlap.
+            self._pools[k].send(np.zeros((self.envs_per_task, ACTION_SIZE), np.float32))
+
     def close(self) -> None:
         # EnvPool has no call that ends its threads: they go with the last reference to the pool.
-        self._pools = []
+        with giving_back_memory():
+            self._pools = []
         self._order.state = "closed"
 
     def _make_pool(self, k: int) -> Any:

@@ -214,6 +214,39 @@ class Step(NamedTuple):
     """[T,n] bool: the task is solved at this very step. An episode succeeds if any of its steps does."""
 
 
+class NumberCheck:
+    """Lets no number of a simulation pass that is not finite, and counts the steps of the episode, to name the one.
+
+    FloatingPointError, from both methods: the first such number's task, environment, field and step.
+    """
+
+    def __init__(self, tasks: Sequence[str]):
+        self._tasks = tuple(tasks)
+        self.at_step = 0  # of the episode that is under way everywhere; 0 is its first observation
+
+    def first(self, obs: np.ndarray) -> None:
+        """Every environment begins an episode, with `obs` [T,n,39]."""
+        self.at_step = 0
+        self._require_finite(obs=obs)
+
+    def step(self, step: Step) -> None:
+        """Every environment made a step."""
+        self.at_step += 1
+        self._require_finite(reward=step.reward, next_obs=step.next_obs)
+        if step.truncated.any():
+            self.first(step.obs)
+
+    def _require_finite(self, **fields: np.ndarray) -> None:
+        for name, value in fields.items():
+            if not np.isfinite(value).all():
+                k, i, *at = np.argwhere(~np.isfinite(value))[0]
+                place = "".join(f"[{j}]" for j in at)
+                raise FloatingPointError(
+                    f"task {self._tasks[k]}, environment {i}: the simulation gave {value[k, i, *at]} as {name}{place} "
+                    f"at step {self.at_step} of the episode"
+                )
+
+
 class MultiTaskEnvs(ABC):
     """n environments of each of T tasks. An episode's end asks nothing of the caller: `recv` begins the next one."""
 
@@ -232,9 +265,10 @@ class MultiTaskEnvs(ABC):
 
     @abstractmethod
     def reset(self) -> np.ndarray:
-        """Begin an episode everywhere, with goals drawn anew; returns obs [T,n,39] float32.
+        """Begin an episode everywhere, with goals drawn anew; returns obs [T,n,39] float32, finite.
 
         Needed before the first `send`, allowed at any time after it, but not between `send` and `recv` (RuntimeError).
+        FloatingPointError: as `recv`.
         """
 
     @abstractmethod
@@ -248,7 +282,11 @@ class MultiTaskEnvs(ABC):
 
     @abstractmethod
     def recv(self) -> Step:
-        """Wait for the step that `send` started. RuntimeError: none was started, or after `close`."""
+        """Wait for the step that `send` started; its numbers are finite.
+
+        RuntimeError: none was started, or after `close`. FloatingPointError: a simulation gave NaN or infinity; the
+        message names task, environment, step and field, and the environments take no further step.
+        """
 
     @abstractmethod
     def close(self) -> None:

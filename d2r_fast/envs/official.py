@@ -18,6 +18,7 @@ from d2r_fast.envs.metaworld import (
     CallOrder,
     Goals,
     MultiTaskEnvs,
+    NumberCheck,
     Step,
     check_action,
     check_sizes,
@@ -71,6 +72,7 @@ class OfficialEnvs(MultiTaskEnvs):
         self.reward_scale = reward_scale
         self.n_workers = min(n_workers, n_rows)
         self._order = CallOrder()
+        self._numbers = NumberCheck(tasks)
         spec = {
             "tasks": self.tasks,
             "envs_per_task": envs_per_task,
@@ -123,8 +125,10 @@ class OfficialEnvs(MultiTaskEnvs):
             self._wait()
         self._command(worker.RESET)
         self._wait()
+        obs = self._copy("obs")
+        self._numbers.first(obs)
         self._order.state = "ready"
-        return self._copy("obs")
+        return obs
 
     def send(self, action: np.ndarray) -> None:
         self._order.expect("send", "ready")
@@ -147,6 +151,7 @@ class OfficialEnvs(MultiTaskEnvs):
             success=self._copy("success"),
         )
         step.reward[:] *= self.reward_scale
+        self._numbers.step(step)
         self._order.state = "ready"
         return step
 
