@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from d2r_fast.envs.fidelity_table import EngineChoice, choose_engines
 from d2r_fast.envs.metaworld import Goals, parse_tasks
-from d2r_fast.ops.backends import Backend, Precision
+from d2r_fast.ops.backends import Backend, Precision, choose_backend
 from d2r_fast.ops.select_routes import MAX_MODULES
 
 
@@ -54,6 +56,16 @@ class NetConfig:
     def n_logits(self) -> int:
         """R, routing logits a row: route i has i of them, i = 1..N."""
         return self.n_modules * (self.n_modules + 1) // 2
+
+    def check_runs_on(self, device: torch.device) -> None:
+        """ValueError: `backend` cannot run there, or not at these widths or in this precision; says why."""
+        # The layers around the modules run on `cpp` where it is asked for, but never on Triton.
+        widest = max(self.module_width, self.base_width, *self.route_widths)
+        width = widest if self.backend == "cpp" else self.module_width
+        try:
+            choose_backend(self.backend, torch.empty(0, device=device), width, self.precision)
+        except ValueError as error:
+            raise ValueError(f"net.{error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,7 @@ class Trainer:
         """
         self.cfg, self.run_dir, self.tasks = cfg, run_dir, cfg.task_names
         self.device = choose_device(cfg.device)
+        cfg.net.check_runs_on(self.device)
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
             torch.use_deterministic_algorithms(True)

@@ -6,6 +6,8 @@ import torch
 
 from d2r_fast import Agent, Critics, NetConfig, RouteChoice, RoutedNetwork, load_published
 from d2r_fast.network import GREEDY, EnsembleLinear, gumbel
+from d2r_fast.ops import backends
+from d2r_fast.ops.backends import BACKENDS, PRECISIONS
 
 CFG = NetConfig(n_modules=5, top_k=2, module_width=8, base_width=12, route_widths=(10, 9))
 N_IN, N_OUT, T = 7, 3, 4
@@ -411,3 +413,24 @@ def test_load_published_takes_networks_of_one_shape():
         load_published(published(make_net(2), 0), published(make_net(2, wide), 0))
     with pytest.raises(ValueError, match="expected at least one state dict, got none"):
         load_published()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("widths", [(8, 16, 8), (257, 16, 8), (1025, 16, 8), (8, 1025, 8), (8, 16, 1025)])
+def test_a_configuration_is_refused_if_and_only_if_its_network_cannot_run(monkeypatch, backend, precision, widths):
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    width, hidden, route = widths
+    sizes = {"module_width": width, "base_width": hidden, "route_widths": (route,)}
+    cfg = NetConfig(n_modules=3, backend=backend, precision=precision, **sizes)
+    x, task = make_rows(2, torch.float32)
+    refusals = []
+    for attempt in (lambda: cfg.check_runs_on(x.device), lambda: RoutedNetwork(N_IN, N_OUT, T, 1, cfg)(x, task)):
+        try:
+            attempt()
+            refusals.append(None)
+        except ValueError as error:
+            refusals.append(str(error).removeprefix("net."))
+    assert (refusals[0] is None) == (refusals[1] is None), refusals
+    if backend == "triton" or (backend == "cpp" and max(widths) > 1024):
+        assert refusals[0] is not None

@@ -19,11 +19,12 @@ import pytest
 import tiny
 import torch
 
-from d2r_fast.checkpoint import checkpoint_files, find_checkpoint, load_checkpoint
+from d2r_fast.checkpoint import checkpoint_files, find_checkpoint, load_checkpoint, save_checkpoint
 from d2r_fast.cli import main
 from d2r_fast.config import EvalConfig, RunConfig
 from d2r_fast.config_json import config_from_json, config_to_json
 from d2r_fast.metrics import read_metrics
+from d2r_fast.ops import backends
 from d2r_fast.progress import Progress
 from d2r_fast.trainer import Trainer, choose_device, make_agent, stream_seed
 
@@ -277,6 +278,39 @@ def test_device(tmp_path, device):
         with pytest.raises(ValueError, match=r"device: expected a GPU for 'cuda', but torch .* finds none"):
             Trainer(dataclasses.replace(SMALL, device=device), tmp_path / "run", show_progress=False)
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "net, message",
+    [
+        ({"backend": "triton"}, "net.backend triton: expected tensors on cuda, got cpu"),
+        ({"backend": "triton", "module_width": 300}, "net.backend triton: expected tensors on cuda, got cpu"),
+        ({"backend": "cpp", "module_width": 1025}, "net.backend cpp: expected a width of at most 1024, got 1025"),
+        ({"backend": "cpp", "base_width": 1025}, "net.backend cpp: expected a width of at most 1024, got 1025"),
+        ({"backend": "cpp", "route_widths": (8, 1025)}, "net.backend cpp: expected a width of at most 1024, got 1025"),
+    ],
+)
+def test_a_network_that_cannot_run_is_refused_before_anything_is_written(tmp_path, monkeypatch, net, message):
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    cfg = dataclasses.replace(SMALL, net=dataclasses.replace(CFG.net, **net))
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Trainer(cfg, tmp_path / "run", show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saved_network_that_cannot_run_here_is_refused(tmp_path, monkeypatch, capsys):
+    """... as when its run is taken from a GPU to a machine without one."""
+    run_dir = tmp_path / "run"
+    train(SMALL, run_dir)
+    state = load_checkpoint(find_checkpoint(run_dir))
+    elsewhere = dataclasses.replace(SMALL, net=dataclasses.replace(CFG.net, backend="triton"))
+    save_checkpoint(run_dir, state["steps"], state | {"config": config_to_json(elsewhere)})
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    before = sorted((run_dir / "checkpoints").iterdir())
+    for command, told in (["train", "--resume"], "d2r train"), (["eval"], "d2r eval"):
+        assert main([*command, str(run_dir)]) == 1
+        assert capsys.readouterr() == ("", f"{told}: net.backend triton: expected tensors on cuda, got cpu\n")
+    assert sorted((run_dir / "checkpoints").iterdir()) == before
 
 
 def test_a_replay_over_the_memory_is_refused_before_anything_is_written(tmp_path):
