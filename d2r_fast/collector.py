@@ -115,10 +115,19 @@ class Collector:
             sample.routes.active[0].view(shape),
         )
 
+    def _require_finite(self, action: np.ndarray) -> None:
+        if not np.isfinite(action).all():
+            k, i, _ = np.argwhere(~np.isfinite(action))[0]
+            raise FloatingPointError(
+                f"task {self._envs.tasks[k]}, environment {i}: the policy gave the action {action[k, i]}; training has "
+                "diverged (a lower learning rate or reward scale may help)"
+            )
+
     def collect(self, n_steps: int, stopped: Callable[[], bool] = lambda: False) -> Chunk | None:
         """Take `n_steps` steps in every environment; episodes go on over chunks.
 
         stopped: asked before every step; once it says True, the rest is left out and None returned.
+        FloatingPointError: a simulation, or the policy, gave a number that is not finite; the message has the task.
         """
         on_stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         with torch.no_grad(), on_stream:
@@ -147,6 +156,7 @@ class Collector:
             if stopped():
                 return None
             action, route[s], active[s] = self._act()
+            self._require_finite(action)
             envs.send(action)
             step = envs.recv()
             terminal = step.terminated | step.truncated if self._time_limit_is_terminal else step.terminated

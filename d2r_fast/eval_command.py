@@ -13,6 +13,7 @@ from d2r_fast.config import EvalConfig
 from d2r_fast.config_json import config_from_json
 from d2r_fast.envs import parse_tasks
 from d2r_fast.eval_policies import EvalPolicy, GreedyPolicy, expert_agent
+from d2r_fast.finite import first_not_finite
 from d2r_fast.protocols import OFFICIAL, PUBLISHED, ProtocolName, ProtocolSpec, evaluate_protocol
 from d2r_fast.trainer import EVAL_COMMAND, choose_device, make_agent, stream_seed
 
@@ -66,6 +67,8 @@ def evaluate_command(args: list[str]) -> int:
         cfg.net.check_runs_on(device)
         agent = make_agent(cfg, device)
         agent.load_state_dict(state["agent"])
+        if (bad := first_not_finite(agent.state_dict())) is not None:
+            raise ValueError(f"{path} holds a number that is not finite: {bad}")
         tasks, policy = cfg.task_names, GreedyPolicy(agent.actor)
         own = ProtocolSpec("fast", EvalConfig().episodes, cfg.env.episode_length, cfg.env.engine, cfg.env.goals)
         spec = _settings(wanted, own)

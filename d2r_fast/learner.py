@@ -3,12 +3,15 @@
 On a GPU one update, from the draw of its rows to the targets' step, is one captured graph.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from d2r_fast import sac
 from d2r_fast.captured import Captured
 from d2r_fast.config import RunConfig
+from d2r_fast.finite import first_not_finite
 from d2r_fast.memory import keep_freed_memory
 from d2r_fast.policy import Agent
 from d2r_fast.replay import Replay
@@ -55,7 +58,7 @@ class Learner:
     def take_metrics(self) -> dict[str, list[float]]:
         """Means since the last call, a list a metric (one number a task, network, or one). Synchronises the device.
 
-        FloatingPointError: one of them is not finite; the agent's parameters are then worth nothing.
+        FloatingPointError: as `require_finite`.
         """
         means = self.require_finite()
         for total in self._sums.values():
@@ -64,19 +67,36 @@ class Learner:
         return means
 
     def require_finite(self) -> dict[str, list[float]]:
-        """As `take_metrics`, but the updates count for the next `take_metrics` too."""
-        if self._summed == 0:
-            return {}
-        means = {name: (total / self._summed).reshape(-1).tolist() for name, total in self._sums.items()}
-        first = self.updates - self._summed + 1
-        for name, values in means.items():
-            bad = [i for i, value in enumerate(values) if value - value != 0]
-            if bad:
-                raise FloatingPointError(
-                    f"updates {first}..{self.updates}: {name}[{bad[0]}] is {values[bad[0]]}; training has diverged "
-                    "(a lower learning rate or reward scale may help). Saved checkpoints are untouched."
-                )
+        """As `take_metrics`, but the updates count for the next `take_metrics` too.
+
+        FloatingPointError: a metric, or what an update changes, is not finite; the agent is then worth nothing.
+        """
+        count = self._summed
+        means = {}
+        if count > 0:
+            means = {name: (total / count).reshape(-1).tolist() for name, total in self._sums.items()}
+        bad = (
+            f"{name}[{i}] is {value}"
+            for name, values in means.items()
+            for i, value in enumerate(values)
+            if not math.isfinite(value)
+        )
+        first = next(bad, None) or first_not_finite(self.tensors())
+        if first is not None:
+            when = f"updates {self.updates - count + 1}..{self.updates}" if count else f"after {self.updates} updates"
+            raise FloatingPointError(
+                f"{when}: {first}; training has diverged (a lower learning rate or reward scale may help)"
+            )
         return means
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that an update changes: the agent's parameters and buffers, and the optimiser's moments of each."""
+        moments = {
+            f"{name}: Adam's {moment}": value
+            for name, parameter in self.agent.named_parameters()
+            for moment, value in self.optimiser.state.get(parameter, {}).items()
+        }
+        return {**self.agent.state_dict(), **moments}
 
     def state_dict(self) -> dict[str, object]:
         return {

@@ -155,6 +155,10 @@ class Replay:
             route=rows.route,
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The storage, rows not filled yet included: zeros."""
+        return {f"replay {name}": store for name, store in zip(Transitions._fields, self._store, strict=True)}
+
     def state_dict(self) -> dict[str, object]:
         """The filled part, on the CPU; a full replay on the CPU is not copied."""
         # Contiguous: a view of a part-filled store would be saved with all of its storage.

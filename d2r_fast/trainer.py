@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2r_fast.checkpoint import save_checkpoint
+from d2r_fast.checkpoint import checkpoint_files, save_checkpoint
 from d2r_fast.collector import Chunk, Collector
 from d2r_fast.config import RunConfig
 from d2r_fast.config_json import config_to_json
 from d2r_fast.envs import MultiTaskEnvs, make_envs
 from d2r_fast.evaluate import evaluate
+from d2r_fast.finite import first_not_finite
 from d2r_fast.learner import Learner, restore_generator
 from d2r_fast.metrics import MetricsLog
 from d2r_fast.overlap import ChunkFeed
@@ -127,15 +128,22 @@ class Trainer:
         return self._progress.waits if self._progress.waits.wall > 0 else None
 
     def run(self) -> bool:
-        """Train to the end, or until SIGINT or SIGTERM; saves either way. Returns whether the run is finished."""
+        """Train to the end, or until SIGINT or SIGTERM; saves either way. Returns whether the run is finished.
+
+        FloatingPointError: something that the run holds, or was given by a simulation, is not finite. The message says
+        what, and which checkpoint was saved before; nothing is saved from then on.
+        """
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             if self.replay.size == 0 and self.steps > 0:
                 self._refill_replay()
             while not self._stop_requested and not self.finished:
                 self.advance()
-            self.learner.require_finite()  # a stop in the middle of a chunk comes before its metrics are looked at
             self._save()
+        except FloatingPointError as error:
+            saved = checkpoint_files(self.run_dir)
+            kept = f"{saved[-1]} was saved before it" if saved else "no checkpoint was saved before it"
+            raise FloatingPointError(f"{error}; {kept}") from error
         finally:
             self.close()
             for number, handler in handlers.items():
@@ -239,6 +247,7 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_at == (self.steps, self.learner.updates):
             return
+        self._require_finite()
         with self._progress.phase("save"):
             save_checkpoint(self.run_dir, self.steps, self._state())
         self._saved_at = (self.steps, self.learner.updates)
@@ -246,6 +255,12 @@ class Trainer:
             # EnvPool's state cannot be saved. New environments here make a resumed run see what this one sees.
             self._env_epoch += 1
             self._collector.replace_envs(self._make_envs())
+
+    def _require_finite(self) -> None:
+        """FloatingPointError unless all that a checkpoint is made of is finite."""
+        self.learner.require_finite()
+        if (bad := first_not_finite(self.replay.tensors())) is not None:
+            raise FloatingPointError(f"after {self.steps} steps a task: {bad}")
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -271,3 +286,5 @@ class Trainer:
         self.steps, self._chunks_ended = state["steps"], state["chunks_ended"]
         self._evaluations, self._env_epoch = state["evaluations"], state["env_epoch"]
         self._collected = state["collected"]
+        if (bad := first_not_finite({**self.learner.tensors(), **self.replay.tensors()})) is not None:
+            raise ValueError(f"the checkpoint after {self.steps} steps a task holds a number that is not finite: {bad}")

@@ -360,8 +360,13 @@ def test_a_signal_between_updates_saves_and_the_run_goes_on_from_there(tmp_path)
 def test_a_stop_in_a_diverged_chunk_saves_nothing(tmp_path):
     run_dir = tmp_path / "run"
     trainer = Trainer(dataclasses.replace(SMALL, updates_per_step=2.5), run_dir, show_progress=False)
-    with torch.no_grad():
-        trainer.agent.critics.net.head.bias[0] = math.nan
+    learn = trainer.learner.run
+
+    def diverge(n_updates: int) -> None:
+        trainer.agent.critics.net.head.bias.data[0] = math.nan
+        learn(n_updates)
+
+    trainer.learner.run = diverge
     interrupt_learning(trainer, n_signals=1)
     with pytest.raises(FloatingPointError, match=r"^updates 1\.\.10: "):
         trainer.run()
