@@ -112,7 +112,7 @@ def test_a_missing_library_is_named_and_the_reference_runs(monkeypatch, tmp_path
         assert "not built" in backends.availability()["cpp"]
         logits, *_ = inputs()
         assert backends.choose_backend("auto", logits) == "reference"
-        with pytest.raises(ValueError, match="backend cpp: not built: install a C..20 compiler"):
+        with pytest.raises(ValueError, match=r"backend cpp: not built: install a C\+\+20 compiler"):
             select_routes(logits, K, backend="cpp")
         (tmp_path / "_cpu.so").write_text("not a library")
         library._load.cache_clear()
