@@ -33,11 +33,11 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def giving_back_memory() -> Iterator[None]:
-    """For freeing environments: the system gets back what is freed in this block, and all else that glibc holds free.
+    """For making and freeing environments: the system gets back what this block frees, and all that glibc holds free.
 
-    EnvPool takes some 25 MiB an environment, each pool in a thread of its own, and glibc lets a new thread allocate from
+    EnvPool takes some 25 MiB an environment, in a thread of each pool's own, and glibc lets a new thread allocate from
     whichever of its heaps (eight a core) has no thread left. Pools made anew again and again so leave free pieces in
-    one heap after another, which no other heap's threads can use, until each has held as much as the pools together.
+    one heap after another, which threads of other heaps cannot use, until each has held as much as all pools together.
     Meanwhile the learner may be at work: its next update then takes fresh pages once.
     """
     libc = _glibc()

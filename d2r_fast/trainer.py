@@ -245,9 +245,9 @@ class Trainer:
         self._progress.evaluated(result.success)
 
     def _save(self) -> None:
+        self._require_finite()
         if self._saved_at == (self.steps, self.learner.updates):
             return
-        self._require_finite()
         with self._progress.phase("save"):
             save_checkpoint(self.run_dir, self.steps, self._state())
         self._saved_at = (self.steps, self.learner.updates)

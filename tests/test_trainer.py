@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -264,6 +265,18 @@ def test_a_diverged_update_is_an_error_and_leaves_the_checkpoints(tmp_path):
     trainer = resume(run_dir, total_steps=60)
     assert trainer.run()
     assert all(torch.isfinite(p).all() for p in trainer.agent.parameters())
+
+
+def test_a_stop_right_behind_a_checkpoint_still_looks_at_what_the_run_holds(tmp_path):
+    run_dir = tmp_path / "run"
+    trainer = Trainer(SMALL, run_dir, show_progress=False)
+    while not checkpoint_files(run_dir):
+        trainer.advance()
+    trainer.agent.target_critics.net.head.bias.data[1] = -math.inf
+    trainer._stop_requested = True
+    saved = re.escape(str(run_dir / "checkpoints" / "step-0000000020.pt"))
+    with pytest.raises(FloatingPointError, match=rf"target_critics.net.head.bias\[1, 0\] is -inf.*; {saved} was saved"):
+        trainer.run()
 
 
 @pytest.mark.parametrize("device", ["cuda", "auto"])

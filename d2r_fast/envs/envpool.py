@@ -91,7 +91,8 @@ class EnvPoolEnvs(MultiTaskEnvs):
             }
             for task, p in zip(self.tasks, positions, strict=True)
         ]
-        self._pools: list[Any] = [self._make_pool(k) for k in range(self.n_tasks)]
+        with giving_back_memory():
+            self._pools: list[Any] = [self._make_pool(k) for k in range(self.n_tasks)]
 
     def reset(self) -> np.ndarray:
         self._order.expect("reset", "made", "ready")

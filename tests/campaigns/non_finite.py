@@ -17,6 +17,7 @@ silent, or a process that tried them died or hung.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -28,6 +29,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +45,7 @@ import tiny
 from d2r_fast import evaluate, sac, trainer
 from d2r_fast.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from d2r_fast.cli import main as d2r
-from d2r_fast.config import EnvConfig, RunConfig
+from d2r_fast.config import EnvConfig, EvalConfig, RunConfig
 from d2r_fast.envs import EnvPoolEnvs, MixedEnvs, MultiTaskEnvs, make_envs
 from d2r_fast.envs.official import OfficialEnvs
 from d2r_fast.envs.official_worker import RESET, STEP
@@ -187,7 +189,7 @@ def spoil_envs(envs: MultiTaskEnvs, task: str, given: Given) -> MultiTaskEnvs:
 def config_for(case: Case, draw: random.Random) -> RunConfig:
     cfg = dataclasses.replace(tiny.RUN, overlap=draw.random() < 0.5)
     if case.kind != "engine":
-        return cfg
+        return dataclasses.replace(cfg, eval=EvalConfig(every_chunks=1000, episodes=1, envs_per_task=1))
     engine, where, field = case.place.split(", ")
     tasks = ENGINES[engine]
     return dataclasses.replace(
@@ -341,16 +343,22 @@ def try_run(case: Case, run_dir: Path, draw: random.Random) -> tuple[str, str]:
     return "harmless", "overwritten"
 
 
+@lru_cache(maxsize=1)
+def sound_checkpoint() -> dict[str, Any]:
+    """The last one of a short run."""
+    with tempfile.TemporaryDirectory(prefix="d2r-non-finite-") as folder:
+        Trainer(dataclasses.replace(tiny.RUN, total_steps=20), Path(folder), show_progress=False).run()
+        return load_checkpoint(checkpoint_files(Path(folder))[-1])
+
+
 def try_checkpoint(case: Case, run_dir: Path, draw: random.Random) -> tuple[str, str]:
     """Resume and evaluate a checkpoint that holds the number: both must say so in a line."""
-    first = run_dir.with_name("first")
-    Trainer(dataclasses.replace(tiny.RUN, total_steps=20), first, show_progress=False).run()
-    state = load_checkpoint(checkpoint_files(first)[-1])
+    state = copy.deepcopy(sound_checkpoint())
     path = json.loads(case.place)
     ((_, tensor),) = [(at, value) for at, value in tensors_of(state) if list(at) == path]
     poison(tensor, case.value, draw)
-    file = save_checkpoint(first, state["steps"], {k: v for k, v in state.items() if k != "format"})
-    commands = [["train", "--resume", str(first), "--total-steps", "40"]]
+    file = save_checkpoint(run_dir, state["steps"], state)
+    commands = [["train", "--resume", str(run_dir), "--total-steps", "40"]]
     if path[0] == "agent":
         commands.append(["eval", str(file), "--episodes", "1", "--envs-per-task", "1"])
     for command in commands:
