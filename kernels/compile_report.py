@@ -31,8 +31,10 @@ from d2r_fast.ops.backends import PRECISIONS
 TARGET = GPUTarget("cuda", 90, 32)
 SIZES = ((16, 2, 128), (32, 4, 256))  # N, K, D: as published; and the largest that the tile sizes are chosen for
 ROWS = 1280  # per network, as published
-MAX_STACK = {"routed_modules_bwd": 64}
-"""Bytes a thread may spill (others: none): the backward trades them for a second program on the multiprocessor."""
+MAX_STACK = {"routed_modules_fwd": 64, "routed_modules_bwd": 64}
+"""Bytes a thread may spill (others: none). At 128 registers a second program fits on the multiprocessor, and ptxas
+spills what does not fit: 0 to 40 bytes, by its version (Triton 3.6 to 3.9). Those values outlive a module and are read
+at most once a module: 16 loads at this bound, beside a thousand multiply-adds in float32."""
 MAX_SHARED = 227 * 1024
 """Bytes of shared memory that one program can have on sm_90."""
 

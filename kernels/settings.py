@@ -28,8 +28,8 @@ class Settings(NamedTuple):
 # Widths up to 128, then up to 256. Chosen by what sm_90 code they compile to (compile_report), before any timing:
 # - 16 rows a tile: 160 tiles at the published E=2, B=1280, all resident at once where two programs fit a
 #   multiprocessor (132 of them), and few rows that disagree on what to skip. 32 rows halve the weights read from L2.
-# - The backward holds two adjoints and needs 143 registers; at 128 it spills 9 (40 bytes of stack), which costs less
-#   than a second round of tiles.
+# - The backward holds two adjoints and needs 143 registers; at 128 it spills up to 10 (40 bytes of stack), none of them
+#   in the loop of products, which costs less than a second round of tiles.
 # - The weight gradient takes whatever keeps two programs resident with a 128 x 64 total in registers: wgmma's m64n64.
 # - float32 products are FFMA, unrolled over block_k: a longer chunk only lengthens the code.
 SETTINGS = {
