@@ -3,9 +3,9 @@
     python -m d2r_fast.kernels.compile_report [--json FILE]
 
 One line a kernel, size and precision: registers a thread, bytes of stack a thread (spills), shared memory a program,
-global loads (and how many of them are 128 bits wide), copies straight to shared memory, and the instruction that does
-the products. Pointers are marked as 16-byte aligned, as the just-in-time launcher finds them: otherwise every load
-would be scalar and the report about a kernel that nobody runs.
+global loads (and how many of them are 128 bits wide), copies straight to shared memory, sums that differ between
+threads, and the instruction that does the products. Pointers are marked as 16-byte aligned, as the just-in-time
+launcher finds them: otherwise every load would be scalar and the report about a kernel that nobody runs.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from d2r_fast.ops.backends import PRECISIONS
 
 TARGET = GPUTarget("cuda", 90, 32)
 SIZES = ((16, 2, 128), (32, 4, 256))  # N, K, D: as published; and the largest that the tile sizes are chosen for
+NARROW = ((5, 2, 16), (5, 2, 17))  # so narrow, or odd, that a thread holds one feature of a row: see `uneven_sums`
 ROWS = 1280  # per network, as published
 MAX_STACK = {"routed_modules_fwd": 64, "routed_modules_bwd": 64}
 """Bytes a thread may spill (others: none). At 128 registers a second program fits on the multiprocessor, and ptxas
@@ -57,6 +58,7 @@ class Row(NamedTuple):
     loads: int
     wide_loads: int
     copies: int
+    uneven: int
     product: str
 
 
@@ -80,6 +82,10 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
             launch = shared | {"RESROUTING": True} | absent
             yield f"select_routes_fwd {mode}", size, "float32", select_routes_fwd_kernel, launch
         yield "select_routes_bwd", size, "float32", select_routes_bwd_kernel, shared
+    for n, k, d in NARROW:
+        for precision in PRECISIONS:
+            backward = walk_launch("routed_modules_bwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
+            yield "routed_modules_bwd", f"N{n}-K{k}-D{d}", precision, routed_modules_bwd_kernel, backward
     n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS)["SPLIT_ROWS"])
     reduce = {"N_SPLITS": n_splits} | REDUCE_LAUNCH
     yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
@@ -116,8 +122,25 @@ def compile_kernel(label: str, size: str, precision: str, kernel: Any, launch: d
         loads=len(loads),
         wide_loads=sum(".128" in op for op in loads),
         copies=sum(op.startswith("LDGSTS") for op in code),
+        uneven=uneven_sums(compiled.asm["ptx"]),
         product="+".join(kinds),
     )
+
+
+def uneven_sums(ptx: str) -> int:
+    """Additions between threads that leave them with different sums, though each may store its own to the same word.
+
+    Two threads swap values, and each adds its own to the other's: one sum, unless its own is a product contracted into
+    the addition, so that each rounds the other's only. Counted where the PTX has it (fma), and where ptxas may still
+    do it: to a mul and an add that both leave it the rounding (no .rn).
+    """
+    own = dict(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)(?:\|%\w+)?,\s*(%\w+)", ptx))
+    products = set(re.findall(r"mul(?:\.ftz)?\.f32\s+(%\w+)", ptx))
+    uneven = 0
+    for op, operands in re.findall(r"(fma\.rn|add)(?:\.ftz)?\.f32\s+%\w+,([^;]+);", ptx):
+        swapped = [own[register] for register in re.findall(r"%\w+", operands) if register in own]
+        uneven += len(swapped) > 0 and (op == "fma.rn" or not products.isdisjoint(swapped))
+    return uneven
 
 
 def _type_of(name: str) -> str:
@@ -149,7 +172,7 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: an interpreted kernel is not compiled; unset it")
     print(f"triton {triton.__version__}, sm_90, B={ROWS}; shared memory is at most {MAX_SHARED}")
-    line = "{:26} {:12} {:9} {:>9} {:>5} {:>9} {:>6} {:>5} {:>10} {:>6} {}"
+    line = "{:26} {:12} {:9} {:>9} {:>5} {:>9} {:>6} {:>5} {:>10} {:>6} {:>6} {}"
     print(line.format(*Row._fields))
     rows = []
     for case in cases():

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from d2r_fast.kernels.settings import check_dtype, walk_launch
-from d2r_fast.kernels.tiles import mix_sources, product, tile_rows
+from d2r_fast.kernels.tiles import mix_sources, product, sum_products, tile_rows
 from d2r_fast.kernels.weight_gradient import weight_gradient
 from torch import Tensor
 
@@ -94,7 +94,7 @@ def _push(
         seen = tile & (((touched >> source) & 1) != 0)[:, None]
         at = ((source.to(tl.int64) * n_rows + row) * D)[:, None] + col[None, :]
         h = tl.load(h_ptr + at, mask=tile, other=0.0)
-        tl.store(d_gate_ptr + slot + k, tl.sum(d_all * h, 1), mask=used)
+        tl.store(d_gate_ptr + slot + k, sum_products(d_all, h, 1), mask=used)
         to_relu = tl.load(to_relu_ptr + at, mask=seen, other=0.0)
         tl.store(to_relu_ptr + at, to_relu + gate * (tl.where(flow != 0, d_main, 0.0) + d_res), mask=tile)
         if RESIDUAL:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from d2r_fast.kernels.settings import FUSED, check_dtype
+from d2r_fast.kernels.tiles import sum_products
 from torch import Tensor
 
 WARP_LOGITS = 256  # of the padded block, 8 a thread: at N=16 a row is one warp, so no reduction needs a barrier
@@ -101,7 +102,7 @@ def select_routes_bwd_kernel(
     index = tl.load(index_ptr + slots, mask=used, other=-1)  # an unused slot is no source's
     gate = tl.load(gate_ptr + slots, mask=used, other=0.0)
     d_gate = tl.load(d_gate_ptr + slots, mask=used, other=0.0)
-    d_value = gate * (d_gate - tl.sum(gate * d_gate, 2)[:, :, None])
+    d_value = gate * (d_gate - sum_products(gate, d_gate, 2)[:, :, None])
 
     d_logits = tl.zeros((BLOCK_ROWS, BLOCK_N, BLOCK_N), gate.dtype)
     for k in tl.static_range(K):

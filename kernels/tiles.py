@@ -1,4 +1,4 @@
-"""What the kernels of the routed modules share: which rows a tile holds, a route's sources, one product."""
+"""What kernels share: which rows a tile holds, a route's sources, one product, sums of products across threads."""
 
 import triton
 import triton.language as tl
@@ -51,3 +51,14 @@ def product(a, b, total, PRECISION: tl.constexpr):
             a = a.to(total.dtype)
             b = b.to(total.dtype)
     return tl.dot(a, b, total, input_precision="tf32" if PRECISION == "tf32" else "ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def sum_products(a, b, axis: tl.constexpr):
+    """Sum of a * b along an axis, with the same bits in every thread that holds it.
+
+    Two threads add by swapping values, each its own to the other's. Were its own a plain product, the compiler would
+    contract it into that addition: rounded in the thread that receives it, unrounded in the one that made it, and so
+    two sums. An fma is contracted no further, and its + 0 cannot be dropped: it turns a -0 into a 0.
+    """
+    return tl.sum(tl.fma(a, b, 0.0), axis)

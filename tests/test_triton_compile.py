@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_90 within its limits: registers, shared memory, loads, matrix instructions.
+"""Every Triton kernel compiles for sm_90 within its limits: registers, shared memory, loads, matrix instructions, sums.
 
 In a process of its own: in this one the kernels may be interpreted. Needs no GPU.
 """
@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
 MODULES = ("routed_modules", "weight_gradient", "select_routes")
+NARROW = ("N5-K2-D16", "N5-K2-D17")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,29 @@ def test_registers_and_shared_memory_suffice(rows):
 
 def test_loads_are_wide_and_products_use_the_matrix_units(rows):
     for row in rows:
-        if row["product"] == "-":
+        if row["product"] == "-" or row["size"] in NARROW:
             continue
         assert row["wide_loads"] >= 4, row
         assert (row["product"] == "FFMA") == (row["precision"] == "float32"), row
+
+
+def test_threads_that_share_a_sum_agree_on_it(rows):
+    assert {row["size"] for row in rows} >= set(NARROW)
+    for row in rows:
+        assert row["uneven"] == 0, row
+
+
+@pytest.mark.parametrize(
+    ("own", "addition", "uneven"),
+    [
+        ("mul.f32 %r3, %r1, %r2", "fma.rn.f32 %r5, %r1, %r2, %r4", True),
+        ("mul.f32 %r3, %r1, %r2", "add.f32 %r5, %r3, %r4", True),  # ptxas contracts it
+        ("mul.rn.f32 %r3, %r1, %r2", "add.f32 %r5, %r3, %r4", False),
+        ("fma.rn.f32 %r3, %r1, %r2, 0f00000000", "add.f32 %r5, %r3, %r4", False),
+        ("mul.f32 %r3, %r1, %r2", "max.f32 %r5, %r3, %r4", False),
+    ],
+)
+def test_the_report_tells_uneven_sums(own, addition, uneven):
+    from d2r_fast.kernels.compile_report import uneven_sums
+
+    assert uneven_sums(f"{own};\nshfl.sync.bfly.b32 \t%r4, %r3, 8, 31, -1;\n{addition};\n") == uneven
