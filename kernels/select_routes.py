@@ -26,7 +26,8 @@ def select_routes_fwd_kernel(
 
     Reads R logits a row (and R of noise, or N*K given sources), writes 9*N*K+4 bytes, each once: bandwidth-bound.
     Invariant: a pick is a source that exists and is not picked yet whatever the logits hold (a NaN counts as largest,
-    as in torch), so that whoever indexes by it stays inside memory.
+    as in torch), so that whoever indexes by it stays inside memory. Given sources too: one that its route does not have
+    becomes source 0, and one given twice counts once in `active`. Such a route's gates are all NaN, so that it shows.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = (row < n_total)[:, None, None]
@@ -52,11 +53,17 @@ def select_routes_fwd_kernel(
 
     chosen = tl.zeros((BLOCK_ROWS, BLOCK_N, BLOCK_SLOTS), tl.int32)
     if given_ptr is not None:
-        chosen = tl.load(given_ptr + slots, mask=used, other=0).to(tl.int32)
+        given = tl.load(given_ptr + slots, mask=used, other=0)
+        legal = (given >= 0) & (given < route)  # in its own type: 2^32 must not pass for 0
+        chosen = tl.where(legal, given, 0).to(tl.int32)
+        taken = tl.zeros((BLOCK_ROWS, BLOCK_N, 1), tl.int32)  # bits of the sources in slots before k
+    fresh = used  # slots with a source that no slot before them has
     value = tl.where(exists & (slot >= 0), -float("inf"), tl.zeros(chosen.shape, logits.dtype))
     for k in tl.static_range(K):
         if given_ptr is not None:
             pick = tl.sum(tl.where(slot == k, chosen, 0), 2)[:, :, None]
+            fresh = fresh & ((slot != k) | (((taken >> pick) & 1) == 0))
+            taken |= tl.full(pick.shape, 1, tl.int32) << pick
         else:
             best = tl.max(tl.where(free, score, -float("inf")), 2)[:, :, None]
             pick = tl.min(tl.where(free & (score == best), source, BLOCK_N), 2)[:, :, None]
@@ -64,6 +71,8 @@ def select_routes_fwd_kernel(
             chosen = tl.where(used & (slot == k), pick, chosen)
         at_pick = tl.sum(tl.where(source == pick, logits, 0.0), 2)[:, :, None]
         value = tl.where(used & (slot == k), at_pick, value)
+    if given_ptr is not None:
+        value = tl.where(used & ~(fresh & legal), float("nan"), value)
     share = tl.exp(value - tl.max(value, 2)[:, :, None])
     gate = tl.where(used, share / tl.sum(share, 2)[:, :, None], 0.0)
     flow = used
@@ -74,8 +83,8 @@ def select_routes_fwd_kernel(
     tl.store(gate_ptr + slots, gate, mask=written)
     tl.store(flow_ptr + slots, flow, mask=written)
 
-    # Sources of a route are distinct, so the sum of their bits is their union. A reached module brings its own route.
-    bits = tl.sum(tl.where(used, tl.full(chosen.shape, 1, tl.int32) << chosen, 0), 2)  # [rows,routes]
+    # Fresh sources of a route are distinct, so the sum of their bits is their union. A reached module brings its route.
+    bits = tl.sum(tl.where(fresh, tl.full(chosen.shape, 1, tl.int32) << chosen, 0), 2)  # [rows,routes]
     of_route = 1 + tl.arange(0, BLOCK_N)[None, :]
     active = tl.sum(tl.where(of_route == N, bits, 0), 1)
     for i in range(N - 1, 0, -1):
@@ -138,7 +147,8 @@ def forward(
     """index [E,B,N,K] int32, gate, flow [E,B,N,K] bool, active [E,B] int32 as `d2r_fast.ops.select_routes`.
 
     The mode follows from the arguments: sampled with temperature [B] and noise [E,B,R], given with `given`
-    [E,B,N,K] of any integer type, else greedy. ValueError: a dtype other than float32.
+    [E,B,N,K] of any integer type, else greedy. A route that is given a source outside 0..route-1, or one twice, comes
+    with NaN gates, with sources that exist and active bits to match. ValueError: a dtype other than float32.
     """
     for name, value in {"logits": logits, "temperature": temperature, "noise": noise}.items():
         if value is not None:

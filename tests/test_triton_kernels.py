@@ -279,6 +279,34 @@ def test_every_pick_exists_whatever_the_logits_hold(value):
     assert torch.equal(active, again.active)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, in the interpreter
+@pytest.mark.parametrize("resrouting", [True, False])
+def test_an_illegal_given_source_shows_and_leads_nowhere(resrouting):
+    n, k, route = 5, 3, 4
+    logits = random_logits(1, 8, n).to(DEVICE, DTYPE)
+    legal = random_index(1, 8, n, k).to(DEVICE)
+    legal[0, :, route - 1] = torch.tensor([3, 1, 2], device=DEVICE)
+    legal[0, :, n - 1] = torch.tensor([route, 0, 1], device=DEVICE)  # the head's route: route 4 is walked
+    index = legal.clone()
+    index[0, :6, route - 1, 1] = torch.tensor([-1, route, 2**31 - 1, 2**32, -(2**63), 3], device=DEVICE)
+    index[0, 6, 0, 0] = 1  # route 1 has source 0 only
+    picked, gate, flow, active = triton_routes.forward(logits, None, None, index, k, n, resrouting)
+
+    illegal = (index != legal).any(-1)  # [1,B,N]
+    used = torch.arange(k) < torch.arange(1, n + 1)[:, None]
+    assert illegal.sum() == 7 and torch.equal(gate.isnan(), illegal[..., None] & used.to(DEVICE))
+    expected = triton_routes.forward(logits, None, None, legal, k, n, resrouting)
+    for ours, theirs in zip((picked, gate, flow), expected, strict=False):
+        assert torch.equal(ours[~illegal], theirs[~illegal])
+    for row in range(8):
+        sources = [picked[0, row, i - 1, : min(k, i)].tolist() for i in range(1, n + 1)]
+        assert all(0 <= source < i for i, route_sources in enumerate(sources, 1) for source in route_sources)
+        reached = set(sources[n - 1])
+        for i in range(n - 1, 0, -1):
+            reached |= set(sources[i - 1]) if i in reached else set()
+        assert active[0, row] == sum(1 << source for source in reached)
+
+
 def test_routes_at_extreme_temperatures():
     logits, noise = random_logits(2, 40, 5).to(DEVICE, DTYPE), random_logits(2, 40, 5).to(DEVICE, DTYPE)
     temperature = torch.where(torch.arange(40) % 2 == 0, 1e-30, 1e30).to(DEVICE, DTYPE)
