@@ -53,7 +53,7 @@ def read_run(path: Path) -> Run:
     cfg = load_config(str(path / "config.json"))
     try:
         evals, train = read_metrics(path, "eval"), read_metrics(path, "train")
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{path}: metrics.jsonl cannot be read: {error}") from error
     if not evals:
         raise ValueError(f"{path}: no evaluation in metrics.jsonl yet")

@@ -1,13 +1,31 @@
-"""Saving and loading a run: whole or not at all, and never by executing what a file holds."""
+"""Saving and loading a run: whole or not at all, not one bit changed, and never by executing what a file holds.
 
+A checkpoint is what `torch.save` writes, and 48 bytes behind it, which `torch.load` passes over: a mark, how many bytes
+stand before it, and their SHA-256. Files of format 1 have no such end; they still load.
+"""
+
+import hashlib
 import os
+import reprlib
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
-FORMAT = 1
+from d2r_fast.files import sync_directory, whole_file
+
+FORMAT = 2
 KEPT = 3
+_END = struct.Struct("<8sQ32s")
+_MARK = b"d2r_fast"
+
+
+class DamagedCheckpoint(ValueError):
+    """A file that is not, or no longer, what was saved."""
 
 
 def checkpoint_files(run_dir: Path) -> list[Path]:
@@ -15,35 +33,74 @@ def checkpoint_files(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-*.pt"))
 
 
+def checkpoint_path(run_dir: Path, steps: int) -> Path:
+    """Where the checkpoint after `steps` steps a task lies."""
+    return run_dir / "checkpoints" / f"step-{steps:010d}.pt"
+
+
 def save_checkpoint(run_dir: Path, steps: int, state: dict[str, Any]) -> Path:
     """Write `state` (tensors, numbers, strings, lists and dicts of them) as the checkpoint after `steps` steps a task.
 
     The file appears under its name only when it is whole and on the disk, so a crash or a full disk at any moment
-    leaves the earlier ones as they were. Then all but the last three are removed.
+    leaves the earlier ones as they were. Then all but the last three are removed, and what a crash left unfinished.
     OSError: it could not be written.
     """
-    directory = run_dir / "checkpoints"
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step-{steps:010d}.pt"
-    unfinished = path.with_suffix(".tmp")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"{path}: could not be written: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-    handle = os.open(directory, os.O_RDONLY)  # the rename itself must reach the disk before older files go
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    for old in checkpoint_files(run_dir)[:-KEPT]:
+    path = checkpoint_path(run_dir, steps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        summed = _Summed(file)
+        try:
+            torch.save({"format": FORMAT, **state}, summed)  # type: ignore[arg-type]  # all that it needs of a file
+        except RuntimeError:
+            if summed.failure is not None:  # torch tells of a full disk in words of its own
+                raise summed.failure from None
+            raise
+        file.write(_END.pack(_MARK, summed.length, summed.digest()))
+    for old in checkpoint_files(run_dir)[:-KEPT] + list(path.parent.glob("*.tmp")):
         old.unlink()
     return path
+
+
+class _Summed:
+    """Passes on to `file` what is written, and sums it up."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._sum = file, hashlib.sha256()
+        self.length = 0
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+        self._sum.update(data)
+        self.length += written
+        return written
+
+    def flush(self) -> None:
+        """torch.save calls it; `whole_file` flushes."""
+
+    def digest(self) -> bytes:
+        return self._sum.digest()
+
+
+def set_aside_later(run_dir: Path, steps: int) -> list[Path]:
+    """Rename checkpoints of more than `steps` steps a task to *.discarded: a run that goes on from there makes its own.
+
+    Otherwise they would count as its newest. Returns what they are called; an earlier file of that name is replaced.
+    """
+    later = [path for path in checkpoint_files(run_dir) if path > checkpoint_path(run_dir, steps)]
+    aside = [path.replace(discarded(path)) for path in later]
+    if later:
+        sync_directory(later[0].parent)
+    return aside
+
+
+def discarded(path: Path) -> Path:
+    """What a checkpoint is called once it is set aside."""
+    return path.with_name(path.name + ".discarded")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -62,16 +119,100 @@ def find_checkpoint(path: Path) -> Path:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Only tensors and plain values are read; nothing in the file is executed.
 
-    ValueError: the file is damaged, is no checkpoint of ours, or of another format.
+    DamagedCheckpoint: the file was cut off or changed, or is no checkpoint at all. ValueError: it is of another kind or
+    format. OSError: it cannot be read.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        earlier = [f.name for f in checkpoint_files(path.parent.parent) if f != path]
-        hint = f"; other checkpoints beside it: {', '.join(earlier)}" if earlier else ""
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}){hint}") from error
+    with path.open("rb") as file:
+        summed = _check_sum(file, path)
+        file.seek(0)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:
+            raise DamagedCheckpoint(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path}: not a d2r_fast checkpoint")
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path}: expected checkpoint format {FORMAT}, got {state['format']}")
+    if type(state["format"]) is not int or not 1 <= state["format"] <= FORMAT:
+        raise ValueError(f"{path}: expected checkpoint format 1 or {FORMAT}, got {describe(state['format'])}")
+    if not summed and state["format"] > 1:
+        raise DamagedCheckpoint(f"{path}: damaged: its end with the checksum is missing")
     return state
+
+
+def _check_sum(file: BinaryIO, path: Path) -> bool:
+    """Whether the file has a checksum. DamagedCheckpoint: it has, and another content than when it was written."""
+    size = file.seek(0, os.SEEK_END)
+    if size < _END.size:
+        return False
+    file.seek(size - _END.size)
+    mark, length, digest = _END.unpack(file.read(_END.size))
+    if mark != _MARK:
+        return False
+    if length != size - _END.size:
+        raise DamagedCheckpoint(f"{path}: damaged: expected {length} bytes and their checksum, got {size - _END.size}")
+    file.seek(0)
+    found, left = hashlib.sha256(), length
+    while left > 0 and (piece := file.read(min(left, 2**22))):
+        found.update(piece)
+        left -= len(piece)
+    if found.digest() != digest:
+        raise DamagedCheckpoint(f"{path}: damaged: its checksum is not that of its content")
+    return True
+
+
+@contextmanager
+def located(path: Path) -> Iterator[None]:
+    """Begin the message of a ValueError from the block with `path`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def describe(value: Any) -> str:
+    """A value in an error message: its type, and what it is as far as that is short."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"{type(value).__name__} {reprlib.repr(value)}"
+
+
+def field(state: Mapping[str, Any], name: str, *kinds: type) -> Any:
+    """`state[name]`, whose type must be one of `kinds`. ValueError: it is missing, or of another type."""
+    expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+    if name not in state:
+        raise ValueError(f"{name}: expected {expected}, but it is missing")
+    if not any(type(state[name]) is kind or (kind is dict and isinstance(state[name], dict)) for kind in kinds):
+        raise ValueError(f"{name}: expected {expected}, got {describe(state[name])}")
+    return state[name]
+
+
+def count(state: Mapping[str, Any], name: str) -> int:
+    """`state[name]`, which must be an integer from 0 on. ValueError: it is not."""
+    value: int = field(state, name, int)
+    if not 0 <= value < 2**62:
+        raise ValueError(f"{name}: expected a count from 0 on, got {reprlib.repr(value)}")
+    return value
+
+
+def check_tensor(value: Any, name: str, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """ValueError unless `value` is a plain tensor with the dtype of `like` and its shape (or `shape`)."""
+    wanted = list(like.shape if shape is None else shape)
+    if (
+        not isinstance(value, Tensor)
+        or value.layout is not torch.strided
+        or value.dtype != like.dtype
+        or list(value.shape) != wanted
+    ):
+        dtype = str(like.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: expected {dtype} {wanted}, got {describe(value)}")
+
+
+def check_tensors(values: Any, name: str, like: Mapping[str, Tensor]) -> None:
+    """ValueError unless `values` has the tensors of `like`, no more, each of its shape and dtype."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: expected {len(like)} tensors, got {describe(values)}")
+    for key in [*like, *values]:
+        if key not in values or key not in like:
+            raise ValueError(f"{name}: {'unexpected' if key in values else 'missing'} {reprlib.repr(key)}")
+        check_tensor(values[key], f"{name}[{key!r}]", like[key])

@@ -13,24 +13,28 @@ from typing import Any
 
 import torch
 import tyro
+from tqdm import tqdm
 
-from d2r_fast.checkpoint import find_checkpoint, load_checkpoint
+from d2r_fast.checkpoint import checkpoint_files, find_checkpoint
+from d2r_fast.claim import Claim
 from d2r_fast.config import RunConfig
-from d2r_fast.config_json import config_from_json, load_config
-from d2r_fast.envs import describe_engines, parse_tasks
+from d2r_fast.config_json import load_config, read_config
+from d2r_fast.envs import WorkerError, describe_engines, parse_tasks
 from d2r_fast.envs.fidelity_table import EngineChoice
-from d2r_fast.eval_command import check_output, evaluate_command
+from d2r_fast.eval_command import check_output, evaluate_command, write_output
 from d2r_fast.fidelity import run_fidelity
 from d2r_fast.metrics import read_metrics
 from d2r_fast.ops.backends import availability
 from d2r_fast.presets import PRESETS
 from d2r_fast.report import success_table, write_report
+from d2r_fast.saved_run import RESUMABLE_FIELDS, begun_without_checkpoint, notes_on_resume, read_saved_run
 from d2r_fast.trainer import Trainer
 
 USAGE = """usage: d2r COMMAND ...
 
   d2r train PRESET [--FIELD VALUE ...] [--run-dir DIR]   train; PRESET may be a run's config.json
-  d2r train --resume RUN [--FIELD VALUE ...]             go on from a run directory's newest checkpoint
+  d2r train --resume RUN [--FIELD VALUE ...]             go on from a run directory's newest good checkpoint, or from
+                                                         the one of its checkpoints that RUN is
   d2r eval RUN_OR_CHECKPOINT [--protocol fast|published|official] [--json FILE]
                                                          success per task of a saved agent
   d2r fidelity [--tasks TASKS] [--json FILE] [--markdown FILE]
@@ -41,8 +45,8 @@ USAGE = """usage: d2r COMMAND ...
 d2r train PRESET --help, d2r eval --help and d2r fidelity --help list every option.
 """
 
-# What a resumed run may change: nothing that the saved state was made with.
-RESUMABLE_FIELDS = {"total_steps", "device", "overlap", "eval", "checkpoint_every_chunks", "checkpoint_replay"}
+# What a run directory may hold that a start left behind which was killed before there was a run.
+LEFT_BY_A_START = {"run_id", "config.json.tmp"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return commands[args[0]](args[1:])
-    except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, MemoryError, ImportError, FloatingPointError, WorkerError) as error:
         print(f"d2r {args[0]}: {error}", file=sys.stderr)
         return 1
 
@@ -75,14 +79,37 @@ def _take_option(args: list[str], name: str) -> tuple[Path | None, list[str]]:
 
 
 def _train(args: list[str]) -> int:
-    resume_dir, args = _take_option(args, "--resume")
-    if resume_dir is not None:
-        path = find_checkpoint(resume_dir)
-        if path.parent.parent != resume_dir:
-            raise ValueError(f"--resume: expected a run directory, got {resume_dir}")
-        state = load_checkpoint(path)
-        saved = config_from_json(state["config"], str(path))
-        cfg = tyro.cli(RunConfig, prog=f"d2r train --resume {resume_dir}", default=saved, args=args)
+    wanted, args = _take_option(args, "--resume")
+    if wanted is not None:
+        return _run(_resume(wanted, args))
+    if not args or args[0].startswith("-"):
+        raise ValueError(f"expected a preset ({', '.join(PRESETS)}), a config.json or --resume RUN first")
+    run_dir, overrides = _take_option(args[1:], "--run-dir")
+    cfg = tyro.cli(RunConfig, prog=f"d2r train {args[0]}", default=load_config(args[0]), args=overrides)
+    if run_dir is None:
+        run_dir = Path("runs") / f"{cfg.name}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if run_dir.exists() and (not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} - LEFT_BY_A_START):
+        raise FileExistsError(f"--run-dir: {run_dir} exists and is not empty; to go on from it: --resume {run_dir}")
+    return _run(Trainer(cfg, run_dir))
+
+
+def _resume(wanted: Path, args: list[str]) -> Trainer:
+    """A run that goes on from a run directory's newest good checkpoint, or from the checkpoint file `wanted`."""
+    run_dir = wanted.parent.parent if wanted.is_file() else wanted
+    if wanted.is_file() and wanted not in checkpoint_files(run_dir):
+        raise ValueError(f"--resume: expected a run directory or a checkpoint in one, got {wanted}")
+    never_saved = wanted == run_dir and begun_without_checkpoint(run_dir)
+    if not never_saved:
+        find_checkpoint(wanted)  # no claim on a directory that is none of a run
+    claim = Claim(run_dir)
+    try:
+        if never_saved:
+            saved, state = read_config(run_dir / "config.json"), None
+            notes = [f"{run_dir}: stopped before its first checkpoint; training begins again"]
+        else:
+            found = read_saved_run(wanted)
+            saved, state, notes = found.cfg, found.state, notes_on_resume(found, run_dir)
+        cfg = tyro.cli(RunConfig, prog=f"d2r train --resume {wanted}", default=saved, args=args)
         for field in dataclasses.fields(RunConfig):
             before, after = getattr(saved, field.name), getattr(cfg, field.name)
             if before != after and field.name not in RESUMABLE_FIELDS:
@@ -90,17 +117,13 @@ def _train(args: list[str]) -> int:
                     f"--resume: {field.name} cannot change, the saved run has {before}; a resumed run may change "
                     f"{', '.join(sorted(RESUMABLE_FIELDS))}"
                 )
-        return _run(Trainer(cfg, resume_dir, resume=state))
-
-    if not args or args[0].startswith("-"):
-        raise ValueError(f"expected a preset ({', '.join(PRESETS)}), a config.json or --resume RUN first")
-    run_dir, overrides = _take_option(args[1:], "--run-dir")
-    cfg = tyro.cli(RunConfig, prog=f"d2r train {args[0]}", default=load_config(args[0]), args=overrides)
-    if run_dir is None:
-        run_dir = Path("runs") / f"{cfg.name}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise FileExistsError(f"--run-dir: {run_dir} exists and is not empty; to go on from it: --resume {run_dir}")
-    return _run(Trainer(cfg, run_dir))
+        trainer = Trainer(cfg, run_dir, resume=state, claim=claim)
+    except BaseException:
+        claim.release()
+        raise
+    for note in notes:
+        tqdm.write(f"d2r train: {note}", file=sys.stderr)  # the bar is there already
+    return trainer
 
 
 def _run(trainer: Trainer) -> int:
@@ -182,9 +205,9 @@ def _fidelity(args: list[str]) -> int:
     print(text)
     if wanted.json is not None:
         record = {"command": command} | report.as_dict()
-        wanted.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_output(wanted.json, json.dumps(record, indent=2) + "\n")
     if wanted.markdown is not None:
-        wanted.markdown.write_text(text, encoding="utf-8")
+        write_output(wanted.markdown, text)
     return 0 if report.ok else 1
 
 

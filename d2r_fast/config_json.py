@@ -48,7 +48,9 @@ def config_from_json(text: str, where: str) -> RunConfig:
     """The inverse of `config_to_json`. ValueError, naming `where`: not JSON, an unknown field, or a bad value."""
     try:
         raw: Any = json.loads(text)
-    except json.JSONDecodeError as error:
+    except RecursionError:
+        raise ValueError(f"{where}: not a run configuration: nested too deeply") from None
+    except ValueError as error:  # also an integer of thousands of digits
         raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{where}: not a run configuration: expected a JSON object, got {type(raw).__name__}")
@@ -59,11 +61,20 @@ def config_from_json(text: str, where: str) -> RunConfig:
         raise ValueError(f"{where}: not a run configuration: {problems}") from error
 
 
+def read_config(path: Path) -> RunConfig:
+    """The configuration in a file. ValueError, naming it: it holds none. OSError: it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
+    return config_from_json(text, str(path))
+
+
 def load_config(name: str) -> RunConfig:
     """A preset by name, or a configuration file by path. ValueError: neither."""
     if name in PRESETS:
         return PRESETS[name][1]
     path = Path(name)
     if path.is_file():
-        return config_from_json(path.read_text(encoding="utf-8"), str(path))
+        return read_config(path)
     raise ValueError(f"{name!r}: expected a preset ({', '.join(PRESETS)}) or the path of a config.json")

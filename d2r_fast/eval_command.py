@@ -3,19 +3,20 @@
 import dataclasses
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from d2r_fast.checkpoint import find_checkpoint, load_checkpoint
+from d2r_fast.checkpoint import located
 from d2r_fast.config import EvalConfig
-from d2r_fast.config_json import config_from_json
 from d2r_fast.envs import parse_tasks
 from d2r_fast.eval_policies import EvalPolicy, GreedyPolicy, expert_agent
-from d2r_fast.finite import first_not_finite
+from d2r_fast.files import naming
 from d2r_fast.protocols import OFFICIAL, PUBLISHED, ProtocolName, ProtocolSpec, evaluate_protocol
-from d2r_fast.trainer import EVAL_COMMAND, choose_device, make_agent, stream_seed
+from d2r_fast.saved_run import read_saved_run
+from d2r_fast.trainer import EVAL_COMMAND, choose_device, load_agent, make_agent, stream_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +61,15 @@ def evaluate_command(args: list[str]) -> int:
         title, about = "scripted experts", {"policy": "scripted experts"}
     else:
         assert wanted.run is not None
-        path = find_checkpoint(wanted.run)
-        state = load_checkpoint(path)
-        cfg = config_from_json(state["config"], str(path))
+        saved = read_saved_run(wanted.run)
+        for error in saved.passed_over.values():
+            print(f"d2r eval: {error}; evaluating {saved.path.name}", file=sys.stderr)
+        path, state, cfg = saved.path, saved.state, saved.cfg
         device = choose_device("auto")
         cfg.net.check_runs_on(device)
         agent = make_agent(cfg, device)
-        agent.load_state_dict(state["agent"])
-        if (bad := first_not_finite(agent.state_dict())) is not None:
-            raise ValueError(f"{path} holds a number that is not finite: {bad}")
+        with located(path):
+            load_agent(agent, state)
         tasks, policy = cfg.task_names, GreedyPolicy(agent.actor)
         own = ProtocolSpec("fast", EvalConfig().episodes, cfg.env.episode_length, cfg.env.engine, cfg.env.goals)
         spec = _settings(wanted, own)
@@ -84,8 +85,14 @@ def evaluate_command(args: list[str]) -> int:
         record = {"command": shlex.join(["d2r", "eval", *args])} | about | result.as_dict() | {"seed": wanted.seed}
         if isinstance(policy, GreedyPolicy) and spec.name != "official":  # there, copies in other processes acted
             record["module_use"] = policy.module_use()
-        wanted.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_output(wanted.json, json.dumps(record, indent=2) + "\n")
     return 0
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write what a command was asked to leave at `path`, which may also be a pipe. OSError, naming it."""
+    with naming(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def check_output(path: Path | None) -> None:

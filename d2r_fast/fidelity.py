@@ -8,14 +8,14 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from importlib import metadata
 from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from d2r_fast.envs import ALL_TASKS, make_envs
+from d2r_fast.envs import ALL_TASKS, WorkerError, make_envs
 from d2r_fast.envs.fidelity_table import EngineChoice
 from d2r_fast.envs.metaworld import usable_cores
 from d2r_fast.envs.official_starts import START_TOLERANCE, OfficialStarts
@@ -112,7 +112,7 @@ def run_fidelity(
     """Compare `tasks` on `engine` with the official package; RULE says how a verdict is reached.
 
     `episodes` must be at least 2: drift shows from the second on. Uses every core; 18 pairs a task of 500 steps cost
-    about 10 core seconds. ValueError: arguments out of range, as in `make_envs`.
+    about 10 core seconds. ValueError: arguments out of range, as in `make_envs`. WorkerError: a process was killed.
     """
     if episodes < 2:
         raise ValueError(f"episodes: expected at least 2, since drift shows from the second on, got {episodes}")
@@ -134,7 +134,10 @@ def run_fidelity(
             for task, its in zip(some, ours[at:], strict=True):
                 jobs.append(pool.submit(play_official, task, its.start, episode_length, seed))
                 jobs[-1].add_done_callback(lambda _: bar.update())
-        rows = [judge(task, o, *job.result(), len(tasks)) for task, o, job in zip(tasks, ours, jobs, strict=True)]
+        try:
+            rows = [judge(task, o, *job.result(), len(tasks)) for task, o, job in zip(tasks, ours, jobs, strict=True)]
+        except BrokenExecutor as error:
+            raise WorkerError(f"a process with official environments ended: {error}") from error
     versions = {name: metadata.version(name) for name in ("envpool", "metaworld", "mujoco")}
     seconds = time.perf_counter() - begin
     return FidelityReport(engine, episodes, envs_per_task, episode_length, seed, versions, seconds, rows)

@@ -10,18 +10,28 @@ from torch import Tensor
 
 from d2r_fast import sac
 from d2r_fast.captured import Captured
+from d2r_fast.checkpoint import check_tensors, count, describe, field
 from d2r_fast.config import RunConfig
 from d2r_fast.finite import first_not_finite
 from d2r_fast.memory import keep_freed_memory
 from d2r_fast.policy import Agent
 from d2r_fast.replay import Replay
 
+_CUDA_STATE = 16  # bytes of a stream's state on a GPU
 
-def restore_generator(generator: torch.Generator, state: Tensor) -> None:
+
+def restore_generator(generator: torch.Generator, state: object) -> None:
     """Set a random stream to a saved state. One saved on the other kind of device cannot be continued here: the
-    stream then stays as it was seeded."""
-    if state.shape == generator.get_state().shape:
-        generator.set_state(state)
+    stream then stays as it was seeded. ValueError: it is no state of a stream."""
+    mine = generator.get_state()
+    sizes = {len(mine), len(torch.Generator().get_state()), _CUDA_STATE}
+    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1 or len(state) not in sizes:
+        raise ValueError(f"generator: expected the state of a random stream, got {describe(state)}")
+    if state.shape == mine.shape:
+        try:
+            generator.set_state(state)
+        except RuntimeError as error:
+            raise ValueError(f"generator: {str(error).splitlines()[0]}") from error
 
 
 class Learner:
@@ -106,9 +116,35 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.optimiser.load_state_dict(state["optimiser"])  # with moments at other addresses than a captured update's
-        for group in self.optimiser.param_groups:
-            group["capturable"] = self.agent.log_alpha.is_cuda  # not that of the device it was saved on
+        """Take over what `state_dict` gave, but for the optimiser's settings: those are the configuration's.
+
+        ValueError: it is of another agent or of other settings.
+        """
+        updates, saved = count(state, "updates"), field(state, "optimiser", dict)
+        own = self.optimiser.state_dict()["param_groups"]
+        _check_optimiser(saved, self.optimiser)
+        restore_generator(self.generator, state.get("generator"))
+        # With moments at other addresses than a captured update's.
+        self.optimiser.load_state_dict({"state": saved["state"], "param_groups": own})
         self._one_update.forget()
-        restore_generator(self.generator, state["generator"])
-        self.updates = state["updates"]
+        self.updates = updates
+
+
+def _check_optimiser(saved: dict, optimiser: torch.optim.Optimizer) -> None:
+    """ValueError unless `saved` has the settings of `optimiser`, and a step and moments for its parameters."""
+    own = optimiser.state_dict()["param_groups"]
+    groups = field(saved, "param_groups", list)
+    if len(groups) != len(own):
+        raise ValueError(f"optimiser.param_groups: expected {len(own)}, got {len(groups)}")
+    for i, (group, mine) in enumerate(zip(groups, own, strict=True)):
+        for name in ("params", "lr", "betas", "eps"):
+            found = group.get(name) if isinstance(group, dict) else group
+            if repr(found) != repr(mine[name]):
+                raise ValueError(f"optimiser.param_groups[{i}]: expected {name} {mine[name]}, got {describe(found)}")
+    moments = field(saved, "state", dict)
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    if moments and list(moments) != list(range(len(parameters))):  # before the first update there are none
+        raise ValueError(f"optimiser.state: expected one for each of {len(parameters)} parameters, got {len(moments)}")
+    for i in moments:
+        like = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
+        check_tensors(moments[i], f"optimiser.state[{i}]", like)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from d2r_fast.envs import WorkerError
 from d2r_fast.eval_policies import EvalPolicy
 from d2r_fast.workers import worker_pool
 
@@ -25,7 +26,7 @@ def run_official(
     """Success [T] and mean return [T] up to the first success, over `episodes` of each task.
 
     finished: is told now and then how many more episodes have ended.
-    RuntimeError: a worker failed; the message names its tasks.
+    WorkerError: a worker failed; the message names its tasks.
     """
     n_workers = min(n_workers, len(tasks))
     frozen = pickle.dumps(policy)
@@ -47,7 +48,7 @@ def run_official(
                 if error is not None:
                     pool.shutdown(wait=False, cancel_futures=True)
                     names = ", ".join(tasks[k] for k in jobs[job])
-                    raise RuntimeError(f"official evaluation of {names} failed: {error!r}") from error
+                    raise WorkerError(f"official evaluation of {names} failed: {error!r}") from error
                 for k, task_success, task_return in job.result():
                     success[k], returns[k] = task_success, task_return
     return success, returns

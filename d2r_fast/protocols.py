@@ -128,7 +128,7 @@ def evaluate_protocol(
     n_workers: processes of the official protocol, by default one a core, which changes nothing but the time; the others
     run on the engines' threads.
     ValueError: an argument is out of range, or envs_per_task is given for the official protocol.
-    RuntimeError: a worker failed; the message names its tasks.
+    WorkerError: a worker failed; the message names its tasks.
     """
     if spec.name == "official" and envs_per_task not in (None, 1):
         raise ValueError(f"envs_per_task: the official protocol has one environment a task, got {envs_per_task}")

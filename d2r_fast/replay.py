@@ -7,6 +7,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from d2r_fast.checkpoint import check_tensor, count, field
 from d2r_fast.sac import Batch
 
 
@@ -168,17 +169,39 @@ class Replay:
         return {"head": self._head, "size": self.size, "rows": filled}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` gave. ValueError: it has other tasks or sizes, or more rows than fit."""
-        size, head, rows = state["size"], state["head"], state["rows"]
-        fits = size <= self.rows_per_task and (size == self.rows_per_task or head == size)
+        """Take over what `state_dict` gave.
+
+        ValueError, and nothing is changed: it has other tasks or sizes, more rows than fit, or routes that
+        cannot be.
+        """
+        size, head, rows = count(state, "size"), count(state, "head"), field(state, "rows", dict)
+        fits = size <= self.rows_per_task and (head < size == self.rows_per_task or head == size)
         for name, store in zip(Transitions._fields, self._store, strict=True):
-            expected = [self.n_tasks, size, *store.shape[2:]]
-            if not fits or list(rows[name].shape) != expected:
+            shape = (self.n_tasks, size, *store.shape[2:])
+            value = field(rows, name, Tensor)
+            if not fits or tuple(value.shape) != shape:
                 raise ValueError(
-                    f"saved replay: {name} is {list(rows[name].shape)} (next row {head}), which does not fit "
-                    f"{self.rows_per_task} rows a task of shape {expected}"
+                    f"saved replay: {name} is {list(value.shape)} (next row {head}), which does not fit "
+                    f"{self.rows_per_task} rows a task of shape {list(shape)}"
                 )
+            check_tensor(value, f"saved replay: {name}", like=store, shape=shape)
+        _check_routes(rows["route"])
         for name, store in zip(Transitions._fields, self._store, strict=True):
             store[:, :size].copy_(rows[name])
         self._set_size(size)
         self._head = head % self.rows_per_task
+
+
+def _check_routes(route: Tensor) -> None:
+    """ValueError unless route i (1..N) of every row [T,S,N,K] has K distinct sources below i, or all i where K > i."""
+    n_modules, k = route.shape[2:]
+    for i in range(1, n_modules + 1):
+        used = route[:, :, i - 1, : min(k, i)]  # [T,S,K] uint8
+        ordered = used.sort(-1).values if k > 1 else used
+        bad = (ordered[..., -1] >= i) | (ordered[..., 1:] == ordered[..., :-1]).any(-1)  # [T,S]
+        if bad.any():
+            task, row = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"saved replay: route of task {task}, row {row}: expected route {i} to have {used.shape[-1]} distinct "
+                f"sources below {i}, got {used[task, row].tolist()}"
+            )

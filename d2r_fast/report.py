@@ -8,6 +8,7 @@ matplotlib.use("Agg")  # files only; no display is needed or opened
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from d2r_fast.files import whole_file
 from d2r_fast.metrics import read_metrics
 
 
@@ -34,7 +35,8 @@ def write_report(run_dir: Path, tasks: tuple[str, ...]) -> list[Path]:
         "module_use.png": _module_use(run_dir.name, tasks, evals[-1]),
     }
     for name, figure in pictures.items():
-        figure.savefig(run_dir / name, dpi=120)
+        with whole_file(run_dir / name) as file:
+            figure.savefig(file, format="png", dpi=120)
         plt.close(figure)
     return [run_dir / name for name in pictures]
 

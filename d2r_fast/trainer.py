@@ -3,26 +3,42 @@
 import os
 import signal
 import time
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from d2r_fast.checkpoint import checkpoint_files, save_checkpoint
+from d2r_fast.checkpoint import (
+    check_tensors,
+    checkpoint_files,
+    checkpoint_path,
+    count,
+    field,
+    located,
+    save_checkpoint,
+    set_aside_later,
+)
+from d2r_fast.claim import Claim
 from d2r_fast.collector import Chunk, Collector
 from d2r_fast.config import RunConfig
 from d2r_fast.config_json import config_to_json
-from d2r_fast.envs import MultiTaskEnvs, make_envs
+from d2r_fast.envs import MultiTaskEnvs, WorkerError, make_envs
 from d2r_fast.evaluate import evaluate
+from d2r_fast.files import whole_file
 from d2r_fast.finite import first_not_finite
 from d2r_fast.learner import Learner, restore_generator
-from d2r_fast.metrics import MetricsLog
+from d2r_fast.metrics import MetricsLog, check_metrics
 from d2r_fast.overlap import ChunkFeed
 from d2r_fast.policy import Agent
 from d2r_fast.progress import Progress, Waits
 from d2r_fast.replay import Replay
+from d2r_fast.saved_run import check_state, saved_id
 
 # A stop waits for this many updates at most, and the progress bar moves once in as many.
 UPDATES_AT_ONCE = 10
@@ -55,19 +71,41 @@ def make_agent(cfg: RunConfig, device: torch.device) -> Agent:
     return agent.to(device)
 
 
+def load_agent(agent: Agent, state: dict[str, Any]) -> None:
+    """Take over the agent of a checkpoint. ValueError: it is of another network, or its numbers are not finite."""
+    saved = field(state, "agent", dict)
+    check_tensors(saved, "agent", agent.state_dict())
+    _require_finite(saved)
+    agent.load_state_dict(saved)
+
+
+def _require_finite(saved: Mapping[str, Tensor]) -> None:
+    if (bad := first_not_finite(saved)) is not None:
+        raise ValueError(f"holds a number that is not finite: {bad}")
+
+
 class Trainer:
-    """One run in one directory. Steps are counted per task, the warm-up's included.
+    """One run in one directory, in which no other process trains. Steps are counted per task, the warm-up's included.
 
     Counters alone say what comes next: updates owed for steps taken, the end of a chunk, or another chunk. So a run
     can stop between any two updates and go on from there. Steps count when their chunk is added to the replay, between
     two updates; a chunk under way at a stop is dropped.
     """
 
-    def __init__(self, cfg: RunConfig, run_dir: Path, resume: dict[str, Any] | None = None, show_progress: bool = True):
-        """resume: what `load_checkpoint` gave, for `run_dir` to go on from.
+    def __init__(
+        self,
+        cfg: RunConfig,
+        run_dir: Path,
+        resume: dict[str, Any] | None = None,
+        show_progress: bool = True,
+        claim: Claim | None = None,
+    ):
+        """resume: what `load_checkpoint` gave, for `run_dir` to go on from; without it the run begins there.
+        claim: on `run_dir`, where the caller has one already; released by `close`.
 
-        Whatever is wrong with the configuration, the device, the memory or the checkpoint is raised before anything
-        is written.
+        Whatever is wrong with the configuration, the device, the memory or what is to be resumed is raised before
+        anything is written: ValueError, MemoryError, or BlockingIOError where another process trains in `run_dir`.
+        What lies there that the run does not go on from is kept as *.discarded*.
         """
         self.cfg, self.run_dir, self.tasks = cfg, run_dir, cfg.task_names
         self.device = choose_device(cfg.device)
@@ -92,6 +130,7 @@ class Trainer:
         self._chunks_ended = 0
         self._evaluations = 0
         self._env_epoch = 0
+        self._evaluation_due = False
         self._collected: dict[str, Any] = {}  # what the last chunk's collection adds to its log record
         if resume is not None:
             self._load(resume)
@@ -107,12 +146,33 @@ class Trainer:
         self._feed = ChunkFeed(
             self._collector, cfg.chunk_steps // cfg.env.envs_per_task, cfg.overlap and not cfg.deterministic
         )
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._log = MetricsLog(run_dir, self.tasks, resume["metrics_length"] if resume else None)
-        (run_dir / "config.json").write_text(config_to_json(cfg), encoding="utf-8")
+        try:
+            self._open_directory(resume, claim)
+        except BaseException:
+            self._feed.close()
+            raise
         total_updates = int(cfg.total_steps * Fraction(str(cfg.updates_per_step)))
         self._progress = Progress(self.tasks, total_updates, self.learner.updates, show_progress)
         self._stop_requested = False
+
+    def _open_directory(self, resume: dict[str, Any] | None, claim: Claim | None) -> None:
+        run_dir, config = self.run_dir, self.run_dir / "config.json"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._claim = claim or Claim(run_dir)
+        try:
+            if resume is None and checkpoint_files(run_dir):
+                raise FileExistsError(f"{run_dir}: has the checkpoints of a run; to go on from it: --resume {run_dir}")
+            if resume is not None:
+                set_aside_later(run_dir, self.steps)
+                if config.exists() and config.read_bytes() != resume["config"].encode():
+                    config.replace(config.with_name("config.discarded.json"))
+            with whole_file(config) as file:
+                file.write(config_to_json(self.cfg).encode())
+            self._log = MetricsLog(run_dir, self.tasks, resume["metrics_length"] if resume else 0)
+            self._claim.name((saved_id(resume) if resume else None) or uuid.uuid4().hex)
+        except BaseException:
+            self._claim.release()
+            raise
 
     @property
     def finished(self) -> bool:
@@ -130,15 +190,22 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end, or until SIGINT or SIGTERM; saves either way. Returns whether the run is finished.
 
-        FloatingPointError: something that the run holds, or was given by a simulation, is not finite. The message says
-        what, and which checkpoint was saved before; nothing is saved from then on.
+        WorkerError: a process that simulates failed; what there was before is saved. OSError: a file could not be
+        written; the run can go on from its last checkpoint. FloatingPointError: something that the run holds, or was
+        given by a simulation, is not finite. The message says what, and which checkpoint was saved before; nothing is
+        saved from then on.
         """
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            if self.replay.size == 0 and self.steps > 0:
-                self._refill_replay()
-            while not self._stop_requested and not self.finished:
-                self.advance()
+            try:
+                if self.replay.size == 0 and self.steps > 0:
+                    self._refill_replay()
+                self._evaluate_if_due()  # a worker may have failed in it
+                while not self._stop_requested and not self.finished:
+                    self.advance()
+            except WorkerError as error:
+                self._save()
+                raise WorkerError(f"{error}; saved, to go on: d2r train --resume {self.run_dir}") from error
             self._save()
         except FloatingPointError as error:
             saved = checkpoint_files(self.run_dir)
@@ -168,10 +235,13 @@ class Trainer:
         self._feed.settle()
 
     def close(self) -> None:
-        """End the collector's thread and the environments, and close the log. `run` does it, however it ends."""
-        self._feed.close()
-        self._progress.close()
-        self._log.close()
+        """End the collector's thread and the environments, close the log and let others into the directory.
+
+        `run` does it, however it ends.
+        """
+        with ExitStack() as closing:  # does all of it, even if something fails
+            for part in (self._claim.release, self._log.close, self._progress.close, self._feed.close):
+                closing.callback(part)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._stop_requested:
@@ -229,17 +299,25 @@ class Trainer:
         counts = {"steps": self.steps, "updates": self.learner.updates}
         record = {"kind": "train", **counts, **self._collected, **self.learner.take_metrics()}
         self._log.write({**record, "time": self._progress.times()})
-        if self._chunks_ended % self.cfg.eval.every_chunks == 0 or self.finished:
-            self._evaluate(counts)
+        self._evaluation_due = self._chunks_ended % self.cfg.eval.every_chunks == 0 or self.finished
+        self._evaluate_if_due()
         if self._chunks_ended % self.cfg.checkpoint_every_chunks == 0:
             self._save()
+            if self.cfg.deterministic and not self.finished:
+                # EnvPool's state cannot be saved. New environments here make a resumed run see what this one sees.
+                self._env_epoch += 1
+                self._collector.replace_envs(self._make_envs())
 
-    def _evaluate(self, counts: dict[str, int]) -> None:
+    def _evaluate_if_due(self) -> None:
+        if not self._evaluation_due:
+            return
         with self._progress.phase("evaluate"):
             seed = stream_seed(self.cfg.seed, _EVAL_ENVS, self._evaluations)
             env = self.cfg.env
             result = evaluate(self.agent, self.tasks, env.episode_length, self.cfg.eval, seed, env.engine, env.goals)
         self._evaluations += 1
+        self._evaluation_due = False
+        counts = {"steps": self.steps, "updates": self.learner.updates}
         record = {"kind": "eval", **counts, "mean_success": result.mean_success, **result._asdict()}
         self._log.write({**record, "time": self._progress.times()})
         self._progress.evaluated(result.success)
@@ -251,10 +329,6 @@ class Trainer:
         with self._progress.phase("save"):
             save_checkpoint(self.run_dir, self.steps, self._state())
         self._saved_at = (self.steps, self.learner.updates)
-        if self.cfg.deterministic and not self.finished:
-            # EnvPool's state cannot be saved. New environments here make a resumed run see what this one sees.
-            self._env_epoch += 1
-            self._collector.replace_envs(self._make_envs())
 
     def _require_finite(self) -> None:
         """FloatingPointError unless all that a checkpoint is made of is finite."""
@@ -273,18 +347,24 @@ class Trainer:
             "chunks_ended": self._chunks_ended,
             "evaluations": self._evaluations,
             "env_epoch": self._env_epoch + 1,
+            "evaluation_due": self._evaluation_due,
             "collected": self._collected,
-            "metrics_length": self._log.length(),
+            "run_id": self._claim.id,
+            **self._log.state_dict(),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.agent.load_state_dict(state["agent"])
-        self.learner.load_state_dict(state["learner"])
-        if state["replay"] is not None:
-            self.replay.load_state_dict(state["replay"])
-        restore_generator(self._acting_generator, state["acting_generator"])
+        """ValueError, naming the file: something in it is missing, of another type or size, or of another run."""
+        with located(checkpoint_path(self.run_dir, count(state, "steps"))):
+            check_state(self.run_dir, state, self.cfg)
+            load_agent(self.agent, state)
+            self.learner.load_state_dict(field(state, "learner", dict))
+            if field(state, "replay", dict, type(None)) is not None:
+                self.replay.load_state_dict(state["replay"])
+            restore_generator(self._acting_generator, state.get("acting_generator"))
+            _require_finite({**self.learner.tensors(), **self.replay.tensors()})
+        check_metrics(self.run_dir, len(self.tasks), state["metrics_length"], state.get("metrics_sha256"))
         self.steps, self._chunks_ended = state["steps"], state["chunks_ended"]
         self._evaluations, self._env_epoch = state["evaluations"], state["env_epoch"]
+        self._evaluation_due = state.get("evaluation_due", False)
         self._collected = state["collected"]
-        if (bad := first_not_finite({**self.learner.tensors(), **self.replay.tensors()})) is not None:
-            raise ValueError(f"the checkpoint after {self.steps} steps a task holds a number that is not finite: {bad}")

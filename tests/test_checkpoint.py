@@ -1,14 +1,25 @@
-"""Checkpoint files: whole or not there, the last three, and never code."""
+"""Checkpoint files: whole or not there, the last three, every changed bit found, and never code."""
 
 import os
 import pickle
+import random
 import resource
 from pathlib import Path
 
 import pytest
 import torch
 
-from d2r_fast.checkpoint import checkpoint_files, find_checkpoint, load_checkpoint, save_checkpoint
+from d2r_fast.checkpoint import (
+    DamagedCheckpoint,
+    check_tensor,
+    checkpoint_files,
+    count,
+    field,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside_later,
+)
 
 
 def names(run_dir: Path) -> list[str]:
@@ -31,7 +42,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     path = save_checkpoint(tmp_path / "run", 20, state)
     assert path == tmp_path / "run" / "checkpoints" / "step-0000000020.pt"
     loaded = load_checkpoint(path)
-    assert loaded.pop("format") == 1
+    assert loaded.pop("format") == 2
     assert {k: v for k, v in loaded.items() if k not in ("tensors", "generator")} == {
         k: v for k, v in state.items() if k not in ("tensors", "generator")
     }
@@ -89,35 +100,117 @@ def test_a_save_that_fails_half_way_leaves_everything_as_it_was(tmp_path, failur
 
 
 def test_an_old_unfinished_file_is_no_checkpoint(tmp_path):
-    """What a power cut in the middle of a save leaves behind; the next save of those steps clears it away."""
+    """What a power cut in the middle of a save leaves behind; the next save clears it away."""
     save_checkpoint(tmp_path, 1, {"steps": 1})
-    (tmp_path / "checkpoints" / "step-0000000002.tmp").write_bytes(b"half")
+    for name in ("step-0000000002.pt.tmp", "step-0000000002.tmp"):  # of an earlier version
+        (tmp_path / "checkpoints" / name).write_bytes(b"half")
     assert find_checkpoint(tmp_path).name == "step-0000000001.pt"
-    save_checkpoint(tmp_path, 2, {"steps": 2})
-    assert names(tmp_path) == ["step-0000000001.pt", "step-0000000002.pt"]
+    save_checkpoint(tmp_path, 3, {"steps": 3})
+    assert names(tmp_path) == ["step-0000000001.pt", "step-0000000003.pt"]
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 100, 0.5, -1])
-def test_a_truncated_file_is_named_with_those_beside_it(tmp_path, kept_bytes):
-    for steps in (1, 2, 3):
-        save_checkpoint(tmp_path, steps, {"weights": torch.ones(1000)})
-    path = find_checkpoint(tmp_path)
-    whole = path.read_bytes()
-    kept = int(len(whole) * kept_bytes) if isinstance(kept_bytes, float) else kept_bytes
-    path.write_bytes(whole[:kept])
-    with pytest.raises(ValueError) as raised:
-        load_checkpoint(path)
-    message = str(raised.value)
-    assert message.startswith(f"{path}: not a readable checkpoint")
-    assert message.endswith("other checkpoints beside it: step-0000000001.pt, step-0000000002.pt")
-    assert load_checkpoint(checkpoint_files(tmp_path)[1])["weights"].sum() == 1000
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return save_checkpoint(tmp_path, 1, {"weights": torch.randn(20), "numbers": [1, 2.5], "steps": 1})
 
 
-def test_a_damaged_file_alone_points_to_no_others(tmp_path):
+def test_a_flipped_bit_anywhere_is_found(small):
+    whole, draw = small.read_bytes(), random.Random(0)
+    for at in [*range(0, len(whole), 7), *range(len(whole) - 48, len(whole))]:
+        small.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+        with pytest.raises(DamagedCheckpoint) as raised:
+            load_checkpoint(small)
+        assert str(raised.value).startswith(f"{small}: ")
+        assert "\n" not in str(raised.value)
+    small.write_bytes(whole)
+    assert load_checkpoint(small)["steps"] == 1
+
+
+def test_a_file_cut_off_anywhere_or_made_longer_is_found(small):
+    whole = small.read_bytes()
+    cut = [whole[:kept] for kept in (*range(0, len(whole), 7), len(whole) - 48, len(whole) - 1)]
+    for content in (*cut, whole + b"\0", whole + whole):
+        small.write_bytes(content)
+        with pytest.raises(DamagedCheckpoint):
+            load_checkpoint(small)
+
+
+def test_torch_load_reads_our_files_too(small):
+    state = torch.load(small, weights_only=True)
+    assert torch.equal(state["weights"], load_checkpoint(small)["weights"])
+
+
+def test_files_without_a_checksum_of_format_1_load(tmp_path):
+    path = tmp_path / "old.pt"
+    torch.save({"format": 1, "weights": torch.ones(3)}, path)
+    assert load_checkpoint(path)["weights"].sum() == 3
+
+
+def test_a_file_that_is_no_checkpoint_is_damaged(tmp_path):
     path = save_checkpoint(tmp_path, 1, {})
     path.write_bytes(b"not a zip archive")
-    with pytest.raises(ValueError, match=r"step-0000000001\.pt: not a readable checkpoint \(\w+\)$"):
+    with pytest.raises(DamagedCheckpoint, match=r"step-0000000001\.pt: not a readable checkpoint \(\w+\)$"):
         load_checkpoint(path)
+
+
+def test_a_full_disk_is_named_with_its_file(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/checkpoints/step-0000000009\.pt'$"):
+            save_checkpoint(tmp_path, 9, {"weights": torch.ones(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_later_checkpoints_are_set_aside_whole(tmp_path):
+    for steps in (1, 2, 3):
+        save_checkpoint(tmp_path, steps, {"steps": steps})
+    before = contents(tmp_path)
+    set_aside_later(tmp_path, 1)
+    assert names(tmp_path) == ["step-0000000001.pt", *(f"step-000000000{n}.pt.discarded" for n in (2, 3))]
+    for path in (tmp_path / "checkpoints").iterdir():
+        assert path.read_bytes() == before[path.name.removesuffix(".discarded")]
+    assert find_checkpoint(tmp_path).name == "step-0000000001.pt"
+    set_aside_later(tmp_path, 1)
+    assert len(names(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    "state, name, message",
+    [
+        ({}, "steps", "steps: expected int, but it is missing"),
+        ({"steps": "x" * 100}, "steps", r"steps: expected int, got str 'x+\.\.\.x+'"),
+        ({"steps": True}, "steps", "steps: expected int, got bool True"),
+        ({"steps": torch.ones(2, 3)}, "steps", r"steps: expected int, got float32 \[2, 3\]"),
+        ({"steps": -1}, "steps", "steps: expected a count from 0 on, got -1"),
+        ({"steps": 10**30}, "steps", "steps: expected a count from 0 on, got 1000"),
+    ],
+)
+def test_a_count_that_is_none_is_told(state, name, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        count(state, name)
+
+
+def test_a_field_may_have_several_types():
+    assert field({"replay": None}, "replay", dict, type(None)) is None
+    with pytest.raises(ValueError, match=r"^replay: expected dict or nothing, got int 3$"):
+        field({"replay": 3}, "replay", dict, type(None))
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (torch.ones(2, 4), r"w: expected float32 \[2, 3\], got float32 \[2, 4\]"),
+        (torch.ones(2, 3).double(), r"w: expected float32 \[2, 3\], got float64 \[2, 3\]"),
+        (torch.ones(2, 3).to_sparse(), r"w: expected float32 \[2, 3\], got"),
+        ([1.0], r"w: expected float32 \[2, 3\], got list \[1.0\]"),
+    ],
+)
+def test_a_tensor_of_another_kind_is_told(value, message):
+    check_tensor(torch.zeros(2, 3), "w", like=torch.ones(2, 3))
+    with pytest.raises(ValueError, match=message):
+        check_tensor(value, "w", like=torch.ones(2, 3))
 
 
 class Attack:
@@ -155,13 +248,14 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, written_by):
 @pytest.mark.parametrize(
     "state, message",
     [
-        ({"format": 2, "steps": 1}, "expected checkpoint format 1, got 2"),
+        ({"format": 3, "steps": 1}, "expected checkpoint format 1 or 2, got int 3"),
+        ({"format": "1", "steps": 1}, "expected checkpoint format 1 or 2, got str '1'"),
         ({"steps": 1}, "not a d2r_fast checkpoint"),
         ({"weight": torch.ones(2)}, "not a d2r_fast checkpoint"),
         (torch.ones(2), "not a d2r_fast checkpoint"),
         ([1, 2], "not a d2r_fast checkpoint"),
     ],
-    ids=["other format", "no format", "state dict", "tensor", "list"],
+    ids=["other format", "text", "no format", "state dict", "tensor", "list"],
 )
 def test_files_of_other_kinds(tmp_path, state, message):
     path = tmp_path / "other.pt"

@@ -104,7 +104,15 @@ def test_train(trained):
     assert outcome.code == 0
     assert "Traceback" not in outcome.err
     assert {path.name for path in run_dir.iterdir()} == {
-        *("config.json", "metrics.jsonl", "tensorboard", "checkpoints", "learning_curve.png", "module_use.png")
+        *(
+            "config.json",
+            "metrics.jsonl",
+            "tensorboard",
+            "checkpoints",
+            "learning_curve.png",
+            "module_use.png",
+            "run_id",
+        )
     }
     cfg = load_config(str(run_dir / "config.json"))
     assert cfg.task_names == ("reach", "drawer-close")
@@ -453,19 +461,22 @@ def test_resume_refuses_what_the_saved_state_was_not_made_with(run, tmp_path, ar
     assert contents(tmp_path) == before
 
 
-def test_resume_wants_the_run_and_not_one_of_its_checkpoints(run):
-    outcome = d2r("train", "--resume", str(find_checkpoint(run)))
-    assert outcome.code == 1
-    assert "--resume: expected a run directory, got" in outcome.err
-
-
-@pytest.mark.parametrize("command", [("train", "--resume"), ("eval",)])
-def test_a_damaged_checkpoint_points_to_the_ones_before_it(run, command):
-    newest = find_checkpoint(run)
-    newest.write_bytes(newest.read_bytes()[:1000])
-    before = contents(run)
-    outcome = d2r(*command, str(run))
-    assert outcome.code == 1
-    assert f"{newest.name}: not a readable checkpoint" in outcome.err
-    assert "other checkpoints beside it: step-0000000010.pt, step-0000000020.pt" in outcome.err
-    assert contents(run) == before
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"name": "\xff"}', "not UTF-8: invalid start byte at byte 10"),
+        (b"[" * 100_000, "not a run configuration: nested too deeply"),
+        (b'{"net":' * 100_000, "not a run configuration: nested too deeply"),
+        (b'{"seed": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (b"", "not JSON: Expecting value"),
+        (b"\0" * 1000, "not JSON: Expecting value"),
+        (b'{"net": {"top_k": [2]}}', "not a run configuration: expected int, got [2] @ $.net.top_k"),
+    ],
+    ids=["no UTF-8", "list of lists", "objects in objects", "digits", "empty", "zeros", "type"],
+)
+def test_a_damaged_configuration_is_one_line(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    outcome = d2r("train", "config.json", "--run-dir", "run")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith(f"d2r train: config.json: {message}")
+    assert not (tmp_path / "run").exists()

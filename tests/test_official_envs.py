@@ -14,7 +14,7 @@ import pytest
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
-from d2r_fast.envs import ALL_TASKS, MT10, Step, official_worker
+from d2r_fast.envs import ALL_TASKS, MT10, Step, WorkerError, official_worker
 from d2r_fast.envs.official import OfficialEnvs
 
 TASKS = ("reach", "drawer-close", "push")
@@ -343,9 +343,10 @@ def test_an_exception_in_a_worker_carries_its_task_and_traceback(tmp_path, monke
     with make(tasks=("reach", "pick-place"), n_workers=1) as e:
         e.reset()
         e.send(random_actions(1, 2)[0])
-        message = r"(?s)worker 0 at task pick-place, environment 1, failed:.*Traceback.*IndexError"
-        with pytest.raises(RuntimeError, match=message):
+        message = "^worker 0 at task pick-place, environment 1, failed: IndexError: list index out of range$"
+        with pytest.raises(WorkerError, match=message) as raised:
             e.recv()
+        assert "Traceback" in str(raised.value.__cause__)
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path, monkeypatch):

@@ -26,8 +26,17 @@ def marked(start, n_new, n_tasks=T):
         reward=number / 4,
         terminal=number % 3 == 0,
         next_obs=number[..., None] + 0.5 + torch.arange(OBS) / 8,
-        route=number[..., None, None].to(torch.uint8).expand(n_tasks, n_new, *ROUTE),
+        route=marked_routes(number),
     )
+
+
+def marked_routes(number):
+    """Routes [...,5,2] that can be, a different one for every number: route i has sources number mod i and the next."""
+    i = torch.arange(1, ROUTE[0] + 1)
+    source = number.long()[..., None] % i
+    route = torch.stack([source, (source + 1) % i], -1)
+    route[..., 0, 1] = number  # the one slot that no source uses
+    return route.to(torch.uint8)
 
 
 def assert_marked(batch):
@@ -38,7 +47,7 @@ def assert_marked(batch):
     assert torch.equal(batch.reward, number / 4)
     assert torch.equal(batch.terminal, (number % 3 == 0).float())
     assert torch.equal(batch.next_obs, batch.obs + 0.5)
-    assert torch.equal(batch.route, number.to(torch.uint8)[:, None, None].expand(-1, *ROUTE))
+    assert torch.equal(batch.route, marked_routes(number))
     assert torch.equal(batch.task, (number // 80).long())
     return number - 80 * batch.task
 

@@ -24,6 +24,7 @@ from d2r_fast.checkpoint import checkpoint_files, find_checkpoint, load_checkpoi
 from d2r_fast.cli import main
 from d2r_fast.config import EvalConfig, RunConfig
 from d2r_fast.config_json import config_from_json, config_to_json
+from d2r_fast.envs import WorkerError
 from d2r_fast.metrics import read_metrics
 from d2r_fast.ops import backends
 from d2r_fast.progress import Progress
@@ -63,6 +64,12 @@ def metrics(run_dir: Path) -> list[dict]:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(record.pop("time")["wall"] > 0 for record in records)
     return records
+
+
+def drop_clock(state: dict) -> None:
+    """Take out of a checkpoint what depends on the times in metrics.jsonl, if only on how many digits they have."""
+    assert state.pop("metrics_length") > 1000
+    assert len(state.pop("metrics_sha256")) == 64
 
 
 def names(run_dir: Path) -> list[str]:
@@ -127,7 +134,8 @@ def test_the_same_seed_gives_the_same_run(whole, tmp_path):
     assert metrics(tmp_path / "again") == metrics(whole)
     a, b = (load_checkpoint(find_checkpoint(d)) for d in (whole, tmp_path / "again"))
     for state in (a, b):
-        state.pop("metrics_length")  # depends on how many digits the clock took
+        drop_clock(state)
+        assert len(state.pop("run_id")) == 32
     assert_same(a, b)
 
 
@@ -164,7 +172,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(whole, tmp_path, n_deleted)
     for a, b in zip(checkpoint_files(whole), checkpoint_files(run_dir), strict=True):
         one, other = load_checkpoint(a), load_checkpoint(b)
         for state in (one, other):
-            state.pop("metrics_length")
+            drop_clock(state)
         assert_same(one, other)
 
 
@@ -434,6 +442,61 @@ def test_sigint_and_sigterm_stop_a_real_process(tmp_path):
         last = read_metrics(run_dir, "train")[-1]
         assert (last["steps"], last["updates"]) == (steps + 20, steps // 2)
         assert [r["steps"] for r in read_metrics(run_dir, "eval")] == [steps + 20]
+
+
+def test_a_killed_worker_ends_training_with_one_line_and_the_run_goes_on(tmp_path, monkeypatch):
+    env = dataclasses.replace(SMALL.env, engine="official", envs_per_task=1)
+    (tmp_path / "config.json").write_text(config_to_json(dataclasses.replace(SMALL, env=env)))
+    workers: list[subprocess.Popen[bytes]] = []
+
+    class KillsAWorker(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            workers[:] = self._collector._envs._processes
+            learn = self.learner.run
+            self.learner.run = lambda n: (learn(n), workers[-1].kill())
+
+    monkeypatch.setattr("d2r_fast.cli.Trainer", KillsAWorker)
+    err, run_dir = io.StringIO(), tmp_path / "run"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        assert main(["train", str(tmp_path / "config.json"), "--run-dir", str(run_dir)]) == 1
+    lines = [line for line in err.getvalue().replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    assert len(lines) == 1
+    assert re.fullmatch(
+        r"d2r train: worker \d at task (reach|drawer-close), environment 0, ended with exit status -9 \(.*\); "
+        rf"saved, to go on: d2r train --resume {run_dir}",
+        lines[0],
+    )
+    assert all(worker.poll() is not None for worker in workers)
+    state = load_checkpoint(find_checkpoint(run_dir))
+    assert (state["steps"], state["learner"]["updates"]) in ((30, 5), (40, 10))  # one chunk may have been under way
+    monkeypatch.undo()
+    d2r("train", "--resume", str(run_dir))
+    assert [r["steps"] for r in read_metrics(run_dir, "train")] == [10, 20, 30, 40, 50, 60]
+
+
+def test_a_worker_that_fails_in_an_evaluation_costs_only_that_evaluation(whole, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+
+    def fail(*args: Any) -> None:
+        raise WorkerError("worker 0 ended")
+
+    trainer = Trainer(DETERMINISTIC, run_dir, show_progress=False)
+    while trainer.steps < 60:
+        trainer.advance()
+    monkeypatch.setattr("d2r_fast.trainer.evaluate", fail)
+    with pytest.raises(WorkerError, match=r"^worker 0 ended; saved, to go on: "):
+        trainer.run()
+    assert [r["steps"] for r in read_metrics(run_dir, "train")] == [10, 20, 30, 40, 50, 60]
+    assert [r["steps"] for r in read_metrics(run_dir, "eval")] == [30]
+    monkeypatch.undo()
+    trainer = resume(run_dir)
+    assert trainer.run()
+    assert [(r["kind"], r["steps"]) for r in metrics(run_dir)] == [(r["kind"], r["steps"]) for r in metrics(whole)]
+    mine, theirs = (
+        next(r["episode_return"] for r in read_metrics(d, "eval") if r["steps"] == 60) for d in (run_dir, whole)
+    )
+    assert mine == theirs  # of the agent as it was, in the environments of that evaluation
 
 
 def test_the_memory_of_worker_processes_is_logged_beside_the_own():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from d2r_fast.envs.envpool import EnvPoolEnvs
 from d2r_fast.envs.fidelity_table import FIDELITY, EngineChoice, choose_engines, departures, describe_engines
-from d2r_fast.envs.metaworld import ALL_TASKS, MT10, MT25, MT50, Goals, MultiTaskEnvs, Step, parse_tasks
+from d2r_fast.envs.metaworld import ALL_TASKS, MT10, MT25, MT50, Goals, MultiTaskEnvs, Step, WorkerError, parse_tasks
 from d2r_fast.envs.mixed import MixedEnvs
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "MixedEnvs",
     "MultiTaskEnvs",
     "Step",
+    "WorkerError",
     "choose_engines",
     "describe_engines",
     "make_envs",

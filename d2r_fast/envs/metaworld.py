@@ -174,6 +174,10 @@ def check_action(action: np.ndarray, tasks: Sequence[str], envs_per_task: int) -
         raise ValueError(f"action: not finite for task {tasks[k]}, environment {i}: {action[k, i]}")
 
 
+class WorkerError(RuntimeError):
+    """A process that simulates failed, or was killed; the environments it belonged to are of no more use."""
+
+
 class CallOrder:
     """Where environments stand between `reset`, `send`, `recv` and `close`.
 

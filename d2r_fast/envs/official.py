@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from d2r_fast.envs.metaworld import (
     MultiTaskEnvs,
     NumberCheck,
     Step,
+    WorkerError,
     check_action,
     check_sizes,
     check_tasks,
@@ -42,7 +44,8 @@ class OfficialEnvs(MultiTaskEnvs):
     n_workers: processes; by default as many as there are usable cores, and never more than environments.
 
     ImportError: metaworld is missing. ValueError: tasks, counts, seed or goals out of range.
-    RuntimeError, from `reset` and `recv`: a worker failed or was killed. It names the task the worker was at.
+    WorkerError, from `reset`, `send` and `recv`: a worker failed or was killed. It names the task the worker was at;
+    its cause is the worker's traceback, if there was one.
     The constructor returns while the workers start; the first `reset` waits for them.
     """
 
@@ -168,7 +171,7 @@ class OfficialEnvs(MultiTaskEnvs):
             try:
                 to_worker.sendall(command)
             except OSError:
-                raise self._worker_failed(w) from None
+                self._fail(w)
 
     def _wait(self) -> None:
         for w, from_worker in enumerate(self._sockets):
@@ -178,14 +181,14 @@ class OfficialEnvs(MultiTaskEnvs):
                     break
                 except TimeoutError:
                     if self._processes[w].poll() is not None:
-                        raise self._worker_failed(w) from None
+                        self._fail(w)
                 except ConnectionError:
-                    raise self._worker_failed(w) from None
+                    self._fail(w)
             if answer != worker.DONE:
-                raise self._worker_failed(w, answer)
+                self._fail(w, answer)
 
-    def _worker_failed(self, w: int, answer: bytes = b"") -> RuntimeError:
-        """What happened to worker `w`; ends all of them."""
+    def _fail(self, w: int, answer: bytes = b"") -> NoReturn:
+        """End all workers, and raise what happened to worker `w`."""
         said = b""
         try:
             # After a failure while it was idle, what it said is still unread.
@@ -193,13 +196,16 @@ class OfficialEnvs(MultiTaskEnvs):
                 said += chunk
         except OSError:
             pass
+        cause = None
         if (answer or said[:1]) == worker.FAILED:
-            why = "failed:\n" + (said if answer else said[1:]).decode(errors="replace")
+            traceback = (said if answer else said[1:]).decode(errors="replace").strip()
+            why = f"failed: {traceback.splitlines()[-1] if traceback else 'it does not say why'}"
+            cause = RuntimeError(f"in the worker:\n{traceback}")
         else:
             why = f"ended with exit status {self._processes[w].wait()} (negative: the signal that killed it)"
         k, i = divmod(int(self._shared.row[w]), self.envs_per_task)
         self._stop()
-        return RuntimeError(f"worker {w} at task {self.tasks[k]}, environment {i}, {why}")
+        raise WorkerError(f"worker {w} at task {self.tasks[k]}, environment {i}, {why}") from cause
 
 
 def _stop(owner: int, processes: list[subprocess.Popen[bytes]], sockets: list[socket.socket]) -> None:
