@@ -127,9 +127,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         file.seek(0)
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
         except Exception as error:
+            if summed:  # then the file is not to blame, but memory, say
+                raise ValueError(f"{path}: whole, but could not be read: {str(error).partition(chr(10))[0]}") from error
             raise DamagedCheckpoint(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path}: not a d2r_fast checkpoint")

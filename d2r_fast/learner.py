@@ -137,10 +137,14 @@ def _check_optimiser(saved: dict, optimiser: torch.optim.Optimizer) -> None:
     if len(groups) != len(own):
         raise ValueError(f"optimiser.param_groups: expected {len(own)}, got {len(groups)}")
     for i, (group, mine) in enumerate(zip(groups, own, strict=True)):
-        for name in ("params", "lr", "betas", "eps"):
-            found = group.get(name) if isinstance(group, dict) else group
-            if repr(found) != repr(mine[name]):
-                raise ValueError(f"optimiser.param_groups[{i}]: expected {name} {mine[name]}, got {describe(found)}")
+        if not isinstance(group, dict):
+            raise ValueError(f"optimiser.param_groups[{i}]: expected dict, got {describe(group)}")
+        # Another version of torch may have other settings; `capturable` is the device's.
+        for name in {"params", "lr", "betas", "eps"} | (group.keys() & mine.keys() - {"capturable"}):
+            if repr(group.get(name)) != repr(mine[name]):
+                raise ValueError(
+                    f"optimiser.param_groups[{i}]: expected {name} {mine[name]}, got {describe(group.get(name))}"
+                )
     moments = field(saved, "state", dict)
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     if moments and list(moments) != list(range(len(parameters))):  # before the first update there are none

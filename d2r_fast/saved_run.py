@@ -101,7 +101,9 @@ def check_state(run_dir: Path, state: dict[str, Any], cfg: RunConfig) -> None:
 
     Networks, moments, replay and random streams are for those to check who take them over.
     """
-    check_same_run(run_dir, state, config_from_json(field(state, "config", str), "config"))
+    saved = config_from_json(field(state, "config", str), "config")
+    check_same_run(run_dir, state, saved)
+    field(state, "replay", dict if saved.checkpoint_replay else type(None))
     steps, ended = count(state, "steps"), count(state, "chunks_ended") * cfg.chunk_steps
     if steps not in (ended, ended + cfg.chunk_steps):
         raise ValueError(f"steps: expected {ended} or {ended + cfg.chunk_steps}, as chunks_ended says, got {steps}")
@@ -163,8 +165,12 @@ def notes_on_resume(saved: SavedRun, run_dir: Path) -> list[str]:
         names = ", ".join(discarded(path).name for path in later)
         notes.append(f"{run_dir}: going on from {saved.path.name}; later checkpoints are kept as {names}")
     config, metrics = run_dir / "config.json", run_dir / "metrics.jsonl"
-    if config.exists() and config.read_bytes() != saved.state["config"].encode():
+    if not config.exists():
+        notes.append(f"{config}: missing; written anew from the checkpoint")
+    elif config.read_bytes() != saved.state["config"].encode():
         notes.append(f"{config}: not what the checkpoint holds, which counts; kept as config.discarded.json")
+    if read_run_id(run_dir) is None and saved_id(saved.state) is not None:
+        notes.append(f"{run_dir / FILE}: missing; written anew from the checkpoint")
     if not metrics.exists() and saved.state.get("metrics_length", 0) != 0:
         notes.append(f"{metrics}: missing; records begin after {saved.state['steps']} steps a task")
     return notes

@@ -162,6 +162,7 @@ class Trainer:
         try:
             if resume is None and checkpoint_files(run_dir):
                 raise FileExistsError(f"{run_dir}: has the checkpoints of a run; to go on from it: --resume {run_dir}")
+            self._claim.name((saved_id(resume) if resume else None) or uuid.uuid4().hex)
             if resume is not None:
                 set_aside_later(run_dir, self.steps)
                 if config.exists() and config.read_bytes() != resume["config"].encode():
@@ -169,7 +170,6 @@ class Trainer:
             with whole_file(config) as file:
                 file.write(config_to_json(self.cfg).encode())
             self._log = MetricsLog(run_dir, self.tasks, resume["metrics_length"] if resume else 0)
-            self._claim.name((saved_id(resume) if resume else None) or uuid.uuid4().hex)
         except BaseException:
             self._claim.release()
             raise
@@ -359,7 +359,7 @@ class Trainer:
             check_state(self.run_dir, state, self.cfg)
             load_agent(self.agent, state)
             self.learner.load_state_dict(field(state, "learner", dict))
-            if field(state, "replay", dict, type(None)) is not None:
+            if state["replay"] is not None:
                 self.replay.load_state_dict(state["replay"])
             restore_generator(self._acting_generator, state.get("acting_generator"))
             _require_finite({**self.learner.tensors(), **self.replay.tensors()})

@@ -140,6 +140,16 @@ def test_torch_load_reads_our_files_too(small):
     assert torch.equal(state["weights"], load_checkpoint(small)["weights"])
 
 
+def test_a_whole_file_that_cannot_be_read_is_not_called_damaged(small, monkeypatch):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("not enough memory: you tried to allocate 9 bytes\nat line 1")
+
+    monkeypatch.setattr("torch.load", fail)
+    with pytest.raises(ValueError, match=r"whole, but could not be read: not enough memory: .* 9 bytes$") as raised:
+        load_checkpoint(small)
+    assert not isinstance(raised.value, DamagedCheckpoint)
+
+
 def test_files_without_a_checksum_of_format_1_load(tmp_path):
     path = tmp_path / "old.pt"
     torch.save({"format": 1, "weights": torch.ones(3)}, path)

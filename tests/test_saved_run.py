@@ -178,9 +178,14 @@ def test_a_checkpoint_under_another_name_is_refused(run):
     assert_refused(run, "steps: expected those that the file is named after, got 20", "train", "--resume", run)
 
 
-def test_a_run_without_an_identity_gets_one_and_one_that_lost_it_gets_it_back(run, whole):
+def test_a_run_that_lost_its_identity_and_configuration_gets_them_back(run, whole):
     (run / "run_id").unlink()
-    assert d2r("train", "--resume", run).code == 0
+    (run / "config.json").unlink()
+    outcome = d2r("train", "--resume", run)
+    assert outcome.code == 0
+    assert outcome.err == [
+        f"d2r train: {run / name}: missing; written anew from the checkpoint" for name in ("config.json", "run_id")
+    ]
     assert read_run_id(run) == read_run_id(whole) == load_checkpoint(checkpoint_files(run)[-1])["run_id"]
 
 
@@ -379,12 +384,16 @@ WRONG = {
     ),
     "groups": (set_to("learner", "optimiser", "param_groups", {}), "param_groups: expected list, got dict {}"),
     "groups-fewer": (remove("learner", "optimiser", "param_groups", 0), "optimiser.param_groups: expected 3, got 2"),
-    "group-type": (set_to("learner", "optimiser", "param_groups", 0, 3), "optimiser.param_groups[0]: expected params"),
+    "group-type": (
+        set_to("learner", "optimiser", "param_groups", 0, 3),
+        "optimiser.param_groups[0]: expected dict",
+    ),
     "group-rate": (
         set_to("learner", "optimiser", "param_groups", 1, "lr", 0.5),
         "[1]: expected lr 0.0003, got float 0.5",
     ),
-    "replay": (set_to("replay", "no"), "replay: expected dict or nothing, got str 'no'"),
+    "replay": (set_to("replay", "no"), "replay: expected dict, got str 'no'"),
+    "replay-none": (set_to("replay", None), "replay: expected dict, got NoneType None"),
     "replay-size": (
         set_to("replay", "size", 31),
         "saved replay: obs is [2, 30, 39] (next row 0), which does not fit 30",
@@ -403,15 +412,15 @@ WRONG = {
     ),
     "route-above": (
         in_place(*ROUTE, (1, 5, 2, 0), 3),
-        "saved replay: route of task 1, row 5: expected route 3 to have 2 distinct sources below 3, got [3, ",
+        "saved replay, rows from 0: route[1,5,2,0]: route 3 reads distinct modules of 0..2, got 3",
     ),
     "route-twice": (
         in_place(*ROUTE, (0, 29, 3), torch.tensor([2, 2])),
-        "saved replay: route of task 0, row 29: expected route 4 to have 2 distinct sources below 4, got [2, 2]",
+        "saved replay, rows from 0: route[0,29,3,1]: route 4 reads distinct modules of 0..3, got 2 again",
     ),
     "route-first": (
         in_place(*ROUTE, (0, 0, 0, 0), 1),
-        "saved replay: route of task 0, row 0: expected route 1 to have 1 distinct sources below 1, got [1]",
+        "saved replay, rows from 0: route[0,0,0,0]: route 1 reads distinct modules of 0..0, got 1",
     ),
 }
 
