@@ -174,8 +174,8 @@ class Replay:
     def load_state_dict(self, state: dict) -> None:
         """Take over what `state_dict` gave.
 
-        ValueError, and nothing is changed: it has other tasks or sizes, more rows than fit, or routes that
-        cannot be.
+        ValueError, and nothing is changed: it has other tasks or sizes, more rows than fit, or routes that cannot
+        be.
         """
         size, head, rows = count(state, "size"), count(state, "head"), field(state, "rows", dict)
         fits = size <= self.rows_per_task and (head < size == self.rows_per_task or head == size)

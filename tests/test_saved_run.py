@@ -361,7 +361,10 @@ WRONG = {
         set_to("agent", FIRST, torch.ones(1, 8, 39)),
         f"agent['{FIRST}']: expected float32 [1, 16, 39], got",
     ),
-    "agent-nan": (in_place("agent", FIRST, (0, 1, 2), NAN), f"holds a number that is not finite: {FIRST}[0, 1, 2] is nan"),
+    "agent-nan": (
+        in_place("agent", FIRST, (0, 1, 2), NAN),
+        f"holds a number that is not finite: {FIRST}[0, 1, 2] is nan",
+    ),
     "learner": (set_to("learner", 1), "learner: expected dict, got int 1"),
     "updates": (set_to("learner", "updates", "20"), "updates: expected int, got str '20'"),
     "generator": (

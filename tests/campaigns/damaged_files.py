@@ -3,7 +3,7 @@
     python tests/campaigns/damaged_files.py [--count 300] [--seed 0]
 
 A case damages one file of a tiny run that was stopped half way: bits flipped, cut off, blocks of zeros, noise or
-repeated bytes, emptied, removed, swapped for another run's or another file of this run; and in checkpoints also fields
+bytes twice, emptied, removed, swapped for another run's or another file of this run; and in checkpoints also fields
 of wrong types behind a right checksum. Then a command reads it: `train --resume` of the run or of the checkpoint,
 `eval` of either, or `train` from the configuration. It must either refuse with one line that names the file and leave
 everything as it was, or go on with a line that names it and come to the undisturbed run's records and agent. A damage
@@ -185,7 +185,7 @@ class DamagedFiles:
         elif damage == "noise":
             data[at:end] = draw.randbytes(end - at)
         elif damage == "repeat":
-            data[at:at] = data[at:end]
+            data[:0] = data[at:end]
         elif damage == "longer":
             data += draw.randbytes(length) if path.suffix == ".pt" else b""
             data[:0] = b"" if path.suffix == ".pt" else draw.randbytes(length)
