@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from d2r_fast import Routes, count_active, make_routes, select_routes
-from d2r_fast.network import gumbel
+from d2r_fast.ops.gumbel import gumbel
 
 
 class Sizes(NamedTuple):

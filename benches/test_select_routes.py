@@ -11,7 +11,7 @@ from routed_case import Sizes
 from timing import synchronise
 
 from d2r_fast import select_routes
-from d2r_fast.network import gumbel
+from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops.backends import availability
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -60,12 +60,15 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
   const auto shape = tensor.sizes();
   check(std::equal(shape.begin(), shape.end(), expected.begin(), expected.end()), name, ": expected shape ",
         shape_text(expected), ", got ", shape_text(shape));
-  check(tensor.is_contiguous(), name, ": expected a contiguous tensor");
 }
-inline void check_tensor(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
+inline void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
   check(tensor.scalar_type() == dtype, name, ": expected a tensor of ", torch::headeronly::toString(dtype), ", got ",
         torch::headeronly::toString(tensor.scalar_type()));
+}
+inline void check_tensor(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  check_dtype(name, tensor, dtype);
   check_shape(name, tensor, shape);
+  check(tensor.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
 inline void check_width(const char* name, int64_t width) {

@@ -1,4 +1,5 @@
 // Compiled once for every instruction set; D2R_ISA names it.
+#include "elementwise_cpu.h"
 #include "network_cpu.h"
 
 namespace d2r_fast::D2R_ISA {
@@ -15,6 +16,9 @@ constexpr Kernels<T> kKernels = {
     &select_routes_backward<T>,
     &network_forward<T, Products>,
     &network_backward<T, Products>,
+    &gumbel,
+    &squared_norm<T>,
+    &adam<T>,
 };
 
 const KernelSet& kernel_set() {

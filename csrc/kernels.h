@@ -91,7 +91,8 @@ struct NetworkArgs {
   int64_t n_tasks, n_layers;
   const Layer<T>* layers;  // [E][n_layers]
   const T* task_rows;      // [E,T+1,H] what scales the base's output, by task; the last row for any other number
-  const T* x;              // [B,in]
+  const T* x;              // [B,in], rows x_stride numbers apart
+  int64_t x_stride;
   const int64_t* task;     // [B]
 };
 
@@ -115,6 +116,23 @@ struct NetworkBackwardArgs {
   T* d_x;                   // [E,B,in], or null: not wanted
 };
 
+// A run of one network's parameters with all that a step of Adam changes.
+template <typename T>
+struct AdamPiece {
+  T* values;
+  const T* gradient;
+  T *first, *second;  // moments
+  T* targets;         // what follows the values slowly, or null
+  int64_t n;
+};
+
+template <typename T>
+struct AdamConstants {
+  T beta1, beta2, eps;
+  T second_scale;  // 1 / sqrt(1 - beta2^step)
+  T target_rate;
+};
+
 template <typename T>
 struct Kernels {
   // A weight [n_out, n_in] takes packed_bytes(n_in, n_out) for the forward product x W^T, (n_out, n_in) for dz W.
@@ -124,12 +142,12 @@ struct Kernels {
   void (*forward)(const ForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);
   // The same; adds to d_weight [N-1,D,D] and d_bias [N-1,D], which are one caller's own; null: not wanted.
   void (*backward)(const BackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* d_weight, T* d_bias);
-  // A block of rows, one after another: x [n,in], y [n,out].
-  void (*linear_forward)(const Layer<T>& layer, int64_t n_rows, const T* x, T* y);
+  // A block of rows: x [n,in], whose rows lie x_stride numbers apart, y [n,out].
+  void (*linear_forward)(const Layer<T>& layer, int64_t n_rows, const T* x, int64_t x_stride, T* y);
   // The same; adds to d_weight [out,in] and d_bias [out]. y is read with ReLU only. d_x, or d_bias with d_weight, may be
   // null: not wanted. (An empty d_weight is null, too.)
-  void (*linear_backward)(const Layer<T>& layer, int64_t n_rows, const T* d_y, const T* x, const T* y, T* d_x, T* d_weight,
-                          T* d_bias);
+  void (*linear_backward)(const Layer<T>& layer, int64_t n_rows, const T* d_y, const T* x, int64_t x_stride, const T* y,
+                          T* d_x, T* d_weight, T* d_bias);
   // The first n_rows rows of what args point at.
   void (*select_routes)(const RouteArgs<T>& args, int64_t n_rows);
   // d_logits [n,R] from d_gate, index and gate [n,N,K].
@@ -139,6 +157,11 @@ struct Kernels {
   void (*network_forward)(const NetworkForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);
   // The same; adds to sums[2 l] the gradient of layer l's weight, to sums[2 l + 1] its bias's; all null: not wanted.
   void (*network_backward)(const NetworkBackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* const* sums);
+  // -log(-log u) of n uniform numbers, in place.
+  void (*gumbel)(T* uniform, int64_t n);
+  double (*squared_norm)(const T* x, int64_t n);
+  // One step along `scale` times the gradient; step_size is the learning rate over 1 - beta1^step.
+  void (*adam)(const AdamPiece<T>& piece, const AdamConstants<T>& constants, T scale, T step_size);
 };
 
 struct KernelSet {

@@ -68,6 +68,16 @@ STABLE_TORCH_LIBRARY_IMPL(d2r_fast_cpu, CPU, m) {
   m.impl("network_backward", TORCH_BOX(&network_backward));
 }
 
+// Schemas and references of these are in d2r_fast/ops.
+STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {
+  m.impl("gumbel_", TORCH_BOX(&gumbel_));
+  m.impl("squashed_normal", TORCH_BOX(&squashed_normal));
+  m.impl("squashed_normal_backward", TORCH_BOX(&squashed_normal_backward));
+  m.impl("sac_losses", TORCH_BOX(&sac_losses));
+  m.impl("optimiser_step", TORCH_BOX(&optimiser_step));
+  m.impl("replay_rows", TORCH_BOX(&replay_rows));
+}
+
 }  // namespace
 }  // namespace d2r_fast
 

@@ -41,7 +41,7 @@ void linear(Tensor x, Tensor weight, Tensor bias, bool relu, bool bf16, Tensor y
     for_each_row_block(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
       const Layer<T> layer{s.n_in, s.n_out, relu, panels.get() + net * kernel.packed_bytes(s.n_in, s.n_out),
                            const_data<T>(bias) + net * s.n_out};
-      kernel.linear_forward(layer, n_rows, const_data<T>(x) + net * s.x_net + first * s.n_in,
+      kernel.linear_forward(layer, n_rows, const_data<T>(x) + net * s.x_net + first * s.n_in, s.n_in,
                             data<T>(y) + (net * s.n_rows + first) * s.n_out);
     });
   });
@@ -69,7 +69,7 @@ void linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, b
                     const std::byte* own_panels = to_x ? panels.get() + net * kernel.packed_bytes(s.n_out, s.n_in) : nullptr;
                     const Layer<T> layer{s.n_in, s.n_out, relu, own_panels, nullptr};
                     kernel.linear_backward(layer, n_rows, const_data<T>(d_y) + row * s.n_out,
-                                           const_data<T>(x) + net * s.x_net + first * s.n_in,
+                                           const_data<T>(x) + net * s.x_net + first * s.n_in, s.n_in,
                                            relu ? const_data<T>(y) + row * s.n_out : nullptr,
                                            to_x ? data<T>(d_x) + row * s.n_in : nullptr, sums[0], sums[1]);
                   });

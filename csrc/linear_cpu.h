@@ -6,7 +6,7 @@
 namespace d2r_fast::D2R_ISA {
 
 template <typename T, typename Products>
-void linear_forward(const Layer<T>& layer, int64_t n_rows, const T* x, T* y) {
+void linear_forward(const Layer<T>& layer, int64_t n_rows, const T* x, int64_t x_stride, T* y) {
   const auto [n_in, n_out, relu, panels, layer_bias] = layer;
   const int64_t buffer = n_rows * kTileStride<T>, padded = round_up(n_out, kPanel<T>);
   Workspace& workspace = Workspace::of_this_thread();
@@ -16,7 +16,7 @@ void linear_forward(const Layer<T>& layer, int64_t n_rows, const T* x, T* y) {
   T* bias = workspace.take<T>(padded);
   std::copy_n(layer_bias, n_out, bias);
   std::fill(bias + n_out, bias + padded, T(0));
-  for (int64_t row = 0; row < n_rows; ++row) std::copy_n(x + row * n_in, n_in, x_rows + row * kTileStride<T>);
+  for (int64_t row = 0; row < n_rows; ++row) std::copy_n(x + row * x_stride, n_in, x_rows + row * kTileStride<T>);
   Products::multiply(n_rows, x_rows, panels, n_in, n_out, bias, z_rows);
   for (int64_t row = 0; row < n_rows; ++row) {
     const T* z = z_rows + row * kTileStride<T>;
@@ -31,8 +31,8 @@ void linear_forward(const Layer<T>& layer, int64_t n_rows, const T* x, T* y) {
 }
 
 template <typename T, typename Products>
-void linear_backward(const Layer<T>& layer, int64_t n_rows, const T* d_y, const T* x, const T* y, T* d_x, T* d_weight,
-                     T* d_bias) {
+void linear_backward(const Layer<T>& layer, int64_t n_rows, const T* d_y, const T* x, int64_t x_stride, const T* y, T* d_x,
+                     T* d_weight, T* d_bias) {
   const int64_t n_in = layer.n_in, n_out = layer.n_out;
   const int64_t buffer = d_x ? n_rows * kTileStride<T> : 0;
   const int64_t in_stride = row_stride<T>(n_in), out_stride = row_stride<T>(n_out);
@@ -60,7 +60,7 @@ void linear_backward(const Layer<T>& layer, int64_t n_rows, const T* d_y, const 
       const T* dz = dz_rows + row * out_stride;
 #pragma omp simd
       for (int64_t j = 0; j < n_out; ++j) d_bias[j] += dz[j];
-      std::copy_n(x + row * n_in, n_in, x_rows + row * in_stride);
+      std::copy_n(x + row * x_stride, n_in, x_rows + row * in_stride);
     }
     Products::add_outer(n_rows, {dz_rows, out_stride, n_out}, {x_rows, in_stride, n_in}, d_weight, scratch);
   }

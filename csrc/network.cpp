@@ -35,7 +35,8 @@ WeightShape weight_shape(const NetworkSizes& s, const std::vector<Tensor>& param
   return {1, l == s.n_layers - 1 ? s.n_logits : parameters[2 * l].size(1), n_in};
 }
 
-NetworkSizes network_sizes(const Tensor& x, const Tensor& task, const std::vector<Tensor>& parameters, const Tensor& index,
+// Checks everything; parameters that do not lie in one piece are replaced by copies that do, once their shapes are known.
+NetworkSizes network_sizes(const Tensor& x, const Tensor& task, std::vector<Tensor>& parameters, const Tensor& index,
                            bool residual) {
   const int64_t n_layers = static_cast<int64_t>(parameters.size()) / 2;
   check(n_layers > kRoute && parameters.size() % 2 == 0, "parameters: expected weight and bias of at least ", kRoute + 1,
@@ -53,7 +54,8 @@ NetworkSizes network_sizes(const Tensor& x, const Tensor& task, const std::vecto
   check_routes(m.n_modules, m.n_kept);
   s.n_logits = m.n_modules * (m.n_modules + 1) / 2;
   const ScalarType real = x.scalar_type();
-  check_tensor("x", x, real, {m.n_rows, s.n_in});
+  check(x.size(1) == s.n_in && (s.n_in <= 1 || x.stride(1) == 1), "x: expected [B,", s.n_in,
+        "] of adjacent numbers, got shape ", shape_text(x.sizes()));
   check_tensor("task", task, ScalarType::Long, {m.n_rows});
   for (int64_t l = 0; l < n_layers; ++l) {
     const auto [count, n_out, n_in] = weight_shape(s, parameters, l);
@@ -61,14 +63,18 @@ NetworkSizes network_sizes(const Tensor& x, const Tensor& task, const std::vecto
     check_width("a layer's output", n_out);
     const std::string weight = "parameters[" + std::to_string(2 * l) + "], a weight";
     const std::string bias = "parameters[" + std::to_string(2 * l + 1) + "], a bias";
+    check_dtype(weight.c_str(), parameters[2 * l], real);
+    check_dtype(bias.c_str(), parameters[2 * l + 1], real);
     if (l == kModules) {
-      check_tensor(weight.c_str(), parameters[2 * l], real, {m.n_nets, count, n_out, n_in});
-      check_tensor(bias.c_str(), parameters[2 * l + 1], real, {m.n_nets, count, n_out});
+      check_shape(weight.c_str(), parameters[2 * l], {m.n_nets, count, n_out, n_in});
+      check_shape(bias.c_str(), parameters[2 * l + 1], {m.n_nets, count, n_out});
     } else {
-      check_tensor(weight.c_str(), parameters[2 * l], real, {m.n_nets, n_out, n_in});
-      check_tensor(bias.c_str(), parameters[2 * l + 1], real, {m.n_nets, n_out});
+      check_shape(weight.c_str(), parameters[2 * l], {m.n_nets, n_out, n_in});
+      check_shape(bias.c_str(), parameters[2 * l + 1], {m.n_nets, n_out});
     }
   }
+  for (Tensor& parameter : parameters)
+    if (!parameter.is_contiguous()) parameter = torch::stable::contiguous(parameter);
   return s;
 }
 
@@ -160,7 +166,8 @@ void check_kept(const NetworkSizes& s, ScalarType real, const std::vector<Tensor
 
 template <typename T>
 NetworkArgs<T> network_args(const NetworkSizes& s, const Packed<T>& packed, const Tensor& x, const Tensor& task) {
-  return {s.n_tasks, s.n_layers, packed.layers.data(), packed.task_rows.get(), const_data<T>(x), const_data<int64_t>(task)};
+  return {s.n_tasks,          s.n_layers,  packed.layers.data(), packed.task_rows.get(),
+          const_data<T>(x), x.stride(0), const_data<int64_t>(task)};
 }
 
 }  // namespace

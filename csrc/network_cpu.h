@@ -114,14 +114,15 @@ void network_forward(const NetworkForwardArgs<T>& args, int64_t net, int64_t fir
   T* opened = workspace.take<T>(n_rows * hidden);
   T* logits = workspace.take<T>(n_rows * layers[last].n_out);
 
-  linear_forward<T, Products>(layers[kBase0], n_rows, network.x + first * layers[kBase0].n_in, block.base0);
-  linear_forward<T, Products>(layers[kBase1], n_rows, block.base0, block.base1);
+  const auto run = [&](int64_t l, const T* x, T* y) { linear_forward<T, Products>(layers[l], n_rows, x, layers[l].n_in, y); };
+  linear_forward<T, Products>(layers[kBase0], n_rows, network.x + first * network.x_stride, network.x_stride, block.base0);
+  run(kBase1, block.base0, block.base1);
   split_base(network, net, first, n_rows, block.base1, scaled, opened);
   const T* in = scaled;
-  for (int64_t l = kRoute; l < last; in = route[l++ - kRoute]) linear_forward<T, Products>(layers[l], n_rows, in, route[l - kRoute]);
-  linear_forward<T, Products>(layers[last], n_rows, in, logits);
+  for (int64_t l = kRoute; l < last; in = route[l++ - kRoute]) run(l, in, route[l - kRoute]);
+  run(last, in, logits);
   select_routes(routes_of_block(args.routes, row, first, logits), n_rows);
-  linear_forward<T, Products>(layers[kModule0], n_rows, opened, block.h0);
+  run(kModule0, opened, block.h0);
   if (args.activations) {
     ForwardArgs<T> modules = args.modules;
     modules.h0 = block.h0 - row * s.width;
@@ -130,7 +131,7 @@ void network_forward(const NetworkForwardArgs<T>& args, int64_t net, int64_t fir
   } else {
     forward<T, Products>(alone<T, Products>(args.modules, net, first, n_rows, block.h0, block.mixed), 0, 0, n_rows);
   }
-  linear_forward<T, Products>(layers[kHead], n_rows, block.mixed, args.out + row * layers[kHead].n_out);
+  run(kHead, block.mixed, args.out + row * layers[kHead].n_out);
 }
 
 // The gradient of the task layer: d_g of a row goes to the column of its task. Rows of a task stand together in a batch, so
@@ -172,8 +173,11 @@ void network_backward(const NetworkBackwardArgs<T>& args, int64_t net, int64_t f
   T* d_opened = workspace.take<T>(n_rows * hidden);
   T* run = workspace.take<T>(hidden);
 
+  const auto back_from = [&](int64_t l, const T* d_y, const T* x, int64_t x_stride, const T* y, T* d_x) {
+    linear_backward<T, Products>(layers[l], n_rows, d_y, x, x_stride, y, d_x, sums[2 * l], sums[2 * l + 1]);
+  };
   const auto back = [&](int64_t l, const T* d_y, const T* x, const T* y, T* d_x) {
-    linear_backward<T, Products>(layers[l], n_rows, d_y, x, y, d_x, sums[2 * l], sums[2 * l + 1]);
+    back_from(l, d_y, x, layers[l].n_in, y, d_x);
   };
   split_base(network, net, first, n_rows, block.base1, scaled, opened);
 
@@ -209,8 +213,8 @@ void network_backward(const NetworkBackwardArgs<T>& args, int64_t net, int64_t f
     add_task_gradient(network, network.task + first, n_rows, d_scaled, hidden, run, sums[2 * kTask], sums[2 * kTask + 1]);
   T* d_base0 = scaled;  // read for the last time above
   back(kBase1, d_opened, block.base0, nullptr, d_base0);
-  const int64_t n_in = layers[kBase0].n_in;
-  back(kBase0, d_base0, network.x + first * n_in, block.base0, args.d_x ? args.d_x + row * n_in : nullptr);
+  T* d_x = args.d_x ? args.d_x + row * layers[kBase0].n_in : nullptr;
+  back_from(kBase0, d_base0, network.x + first * network.x_stride, network.x_stride, block.base0, d_x);
 }
 
 }  // namespace d2r_fast::D2R_ISA

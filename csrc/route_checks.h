@@ -43,6 +43,7 @@ class GivenRoutes {
   GivenRoutes(const std::optional<Tensor>& given, const Sizes& s, int32_t* index) : size_(s), index_(index) {
     if (!given) return;
     check_shape("index", *given, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
+    check(given->is_contiguous(), "index: expected a contiguous tensor");
     from_ = given->const_data_ptr();
     dtype_ = given->scalar_type();
     check(dtype_ == ScalarType::Byte || dtype_ == ScalarType::Int || dtype_ == ScalarType::Long,

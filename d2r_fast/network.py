@@ -46,17 +46,6 @@ class RouteChoice(NamedTuple):
 GREEDY = RouteChoice()
 
 
-def gumbel(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard Gumbel noise with the dtype and device of `like`."""
-    if like.is_cuda:
-        exponential = torch.empty(shape, dtype=like.dtype, device=like.device).exponential_(generator=generator)
-    else:
-        # torch draws exponentials one by one on the CPU: six times as long as uniforms and their logarithm.
-        uniform = torch.rand(shape, dtype=like.dtype, generator=generator)
-        exponential = uniform.clamp_(min=torch.finfo(like.dtype).tiny).log_().neg_()
-    return exponential.log_().neg_()
-
-
 class EnsembleLinear(nn.Module):
     """E linear layers as one: [E,B,in] or [B,in] (shared input) -> [E,B,out], with a ReLU behind them if asked for.
 
@@ -123,9 +112,9 @@ class RoutedNetwork(nn.Module):
             raise ValueError(f"x: expected {dtype} like the parameters, got {x.dtype}")
         cfg = self.cfg
         masked = cfg.resrouting and self.training
-        if self._runs_as_one(x):
+        if self.runs_as_one(x):
             return routed_network(
-                x, task, self._in_order(), cfg.top_k, *choice, cfg.residual, resrouting=masked, precision=cfg.precision
+                x, task, self.in_order(), cfg.top_k, *choice, cfg.residual, resrouting=masked, precision=cfg.precision
             )
         onehot = (task.to(torch.int64)[:, None] == torch.arange(self.n_tasks, device=task.device)).to(x.dtype)  # [B,T]
         f = self.base[1](self.base[0](x, relu=True))  # [E,B,H]
@@ -140,7 +129,7 @@ class RoutedNetwork(nn.Module):
         )  # [E,B,D]
         return self.head(mixed), routes
 
-    def _runs_as_one(self, x: Tensor) -> bool:
+    def runs_as_one(self, x: Tensor) -> bool:
         """Whether `routed_network` takes all of it: on the CPU, for as many rows as make packing the weights worth it,
         and where nobody has hooked or replaced a layer, which would then be passed over."""
         layers = (*self.base, self.task, self.module0, self.head, *self.route)
@@ -155,7 +144,7 @@ class RoutedNetwork(nn.Module):
         few = cfg.backend == "auto" and self.n_nets * len(x) < FEWEST_ROWS
         return not few and choose_backend(cfg.backend, x, widest, cfg.precision) == "cpp"
 
-    def _in_order(self) -> list[Tensor]:
+    def in_order(self) -> list[Tensor]:
         """The parameters as `routed_network` takes them."""
         layers = [(layer.weight, layer.bias) for layer in (*self.base, self.task, self.module0)]
         layers += [(self.module_weight, self.module_bias), (self.head.weight, self.head.bias)]

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from d2r_fast.config import SacConfig
-from d2r_fast.network import RouteChoice, gumbel
+from d2r_fast.network import RouteChoice
+from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.policy import N_CRITICS, Agent
 
 

@@ -7,6 +7,7 @@ Prints file, quantity and worst relative error (largest difference over the larg
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from d2r_fast import Agent, NetConfig, RouteChoice, RoutedNetwork, SacConfig, load_published
+from d2r_fast.learning.update import Update
 from d2r_fast.ops.backends import BACKENDS
+from d2r_fast.ops.replay_rows import ReplayRows
 from d2r_fast.ops.select_routes import Routes
 from d2r_fast.sac import Batch, Draws, losses, make_optimiser, update
 
@@ -126,6 +129,14 @@ def flat_rows(value: Tensor) -> Tensor:
     return value.transpose(0, 1).flatten(0, 1)
 
 
+def rows_of(batch: Batch) -> ReplayRows:
+    """A batch as the replay lays it out for `Update`."""
+    room = torch.zeros_like(batch.action)
+    pairs = (batch.obs, batch.action), (batch.obs, room), (batch.next_obs, room)
+    x = torch.stack([torch.cat(pair, 1) for pair in pairs])
+    return ReplayRows(x, batch.reward, batch.terminal, batch.route[None])
+
+
 def check_update(v: Vector) -> Iterator[Quantity]:
     m, cfg = v.meta, v.net_config()
     sac = SacConfig(
@@ -171,21 +182,33 @@ def check_update(v: Vector) -> Iterator[Quantity]:
             yield f"grad/{prefix}{name}", agent.get_parameter(prefix + name).grad.clone(), grad
     yield "grad/log_alpha", agent.log_alpha.grad.clone(), v["grad/log_alpha"]
 
+    by_calls = copy.deepcopy(agent)
     metrics = update(agent, make_optimiser(agent, sac), batch, draws, sac)
-    yield "grad_norm/actor", metrics["grad_norm/actor"], v["grad_norm/actor"]
-    yield "grad_norm/critic", metrics["grad_norm/critic"], torch.stack([v["grad_norm/critic1"], v["grad_norm/critic2"]])
-    yield "grad_norm/log_alpha", metrics["grad_norm/alpha"], v["grad_norm/log_alpha"]
+    norms = torch.stack([v[f"grad_norm/{name}"] for name in ("actor", "critic1", "critic2", "log_alpha")])
+    named = [metrics[f"grad_norm/{name}"].reshape(-1) for name in ("actor", "critic", "alpha")]
+    yield "grad_norm", torch.cat(named), norms
+    yield from check_after(v, agent, "after/")
+
+    step = Update(by_calls, sac)
+    in_one_call = step.step(rows_of(batch), batch.task, draws)
+    yield "update/task_loss", in_one_call.losses[:3].sum(0), v["task_loss"]
+    yield "update/grad_norm", in_one_call.norms, norms
+    yield from check_after(v, by_calls, "update/after/")
+
+
+def check_after(v: Vector, agent: Agent, prefix: str) -> Iterator[Quantity]:
+    """Everything that an update changes."""
     after = agent.state_dict()
     recorded = {
         "actor.net.": load_published(v.under("after/actor/")),
         "critics.net.": load_published(v.under("after/critic1/"), v.under("after/critic2/")),
         "target_critics.net.": load_published(v.under("after/target1/"), v.under("after/target2/")),
     }
-    for prefix, parameters in recorded.items():
+    for network, parameters in recorded.items():
         for name, parameter in parameters.items():
-            yield f"after/{prefix}{name}", after[prefix + name], parameter
-    yield "after/log_alpha", after["log_alpha"], v["after/log_alpha"]
-    yield "after/route_temp", after["route_temp"], v["after/route_temperature"]
+            yield f"{prefix}{network}{name}", after[network + name], parameter
+    yield f"{prefix}log_alpha", after["log_alpha"], v["after/log_alpha"]
+    yield f"{prefix}route_temp", after["route_temp"], v["after/route_temperature"]
 
 
 def relative_error(ours: Tensor, recorded: Tensor) -> float:

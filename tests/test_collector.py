@@ -11,7 +11,8 @@ from tiny import NET
 from d2r_fast.collector import Chunk, Collector
 from d2r_fast.envs import MultiTaskEnvs, make_envs
 from d2r_fast.envs.envpool import envpool_name
-from d2r_fast.network import RouteChoice, gumbel
+from d2r_fast.network import RouteChoice
+from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.policy import Agent
 from d2r_fast.replay import Replay
 

@@ -5,7 +5,8 @@ import slow_sac
 import torch
 
 from d2r_fast import Agent, Critics, NetConfig, RouteChoice, RoutedNetwork, load_published
-from d2r_fast.network import GREEDY, EnsembleLinear, gumbel
+from d2r_fast.network import GREEDY, EnsembleLinear
+from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops import backends
 from d2r_fast.ops.backends import BACKENDS, PRECISIONS
 

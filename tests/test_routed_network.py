@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from d2r_fast import NetConfig, RouteChoice, RoutedNetwork
-from d2r_fast.network import GREEDY, gumbel
+from d2r_fast.network import GREEDY
+from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops import routed_network
 from d2r_fast.ops.backends import INTERPRETED, availability
 from d2r_fast.ops.cpp.library import instruction_sets, use_instruction_set
@@ -179,7 +180,7 @@ def test_without_gradients_the_result_is_the_same_and_nothing_is_kept():
         out, routes = net(x, task)
     kept, _ = net(x, task)
     assert torch.equal(out, kept.detach()) and not out.requires_grad and not routes.gate.requires_grad
-    assert saved_shapes(x, net._in_order(), keep=False) == (0, (0,))
+    assert saved_shapes(x, net.in_order(), keep=False) == (0, (0,))
 
 
 def test_float32_is_as_accurate_as_the_composed_network():
@@ -235,7 +236,7 @@ def test_opcheck(mode):
     net = twin(make_net(2, top_k=6), "cpp")  # every module active: the rows of others are not written, and here NaN
     x, task = make_rows(20)
     _, temperature, noise, index = make_choice(mode, 2, 20, net.cfg)
-    parameters = [p.detach().clone().requires_grad_() for p in net._in_order()]
+    parameters = [p.detach().clone().requires_grad_() for p in net.in_order()]
     arguments = (x.requires_grad_(), task, temperature, noise, index, parameters, 6, True, True, "float32", True)
     torch.library.opcheck(torch.ops.d2r_fast.routed_network.default, arguments)
 
@@ -322,7 +323,7 @@ def test_errors_say_what_was_expected():
         net(x.float(), task)
     with pytest.raises(ValueError, match=r"noise: mode 'sampled' expects shape \[2, 20, 21\]"):
         net(x, task, RouteChoice.sampled(torch.ones(20), torch.zeros(1, 20, 21)))
-    parameters = net._in_order()
+    parameters = net.in_order()
 
     def with_parameter(at, value):
         return [*parameters[:at], value, *parameters[at + 1 :]]

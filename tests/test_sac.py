@@ -8,7 +8,7 @@ import torch
 from slow_sac import SlowSac
 
 from d2r_fast import Actor, Agent, NetConfig, RouteChoice, SacConfig
-from d2r_fast.network import gumbel
+from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.sac import Batch, Draws, clip_grad_norm, draw, losses, make_optimiser, task_weight, update
 
 CFG = NetConfig(n_modules=5, top_k=2, module_width=6, base_width=8, route_widths=(7,))

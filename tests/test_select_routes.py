@@ -9,7 +9,7 @@ from conftest import cpp_backends
 
 import d2r_fast
 from d2r_fast import count_active, unpack_active
-from d2r_fast.network import gumbel
+from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops.select_routes import MAX_MODULES, modules_for
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -12,7 +12,7 @@ from test_routed_modules import largest, make_case, run
 from test_select_routes import random_index, random_logits
 
 from d2r_fast import routed_modules, select_routes, unpack_active
-from d2r_fast.network import gumbel
+from d2r_fast.ops.gumbel import gumbel
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 from d2r_fast.kernels import routed_modules as triton_modules

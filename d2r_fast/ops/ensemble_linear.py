@@ -64,7 +64,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, autocast: bool) -> tuple[int
     if bias.shape != (n_nets, n_out):
         raise ValueError(f"bias: expected [E={n_nets},{n_out}], got {list(bias.shape)}")
     for name, value in (("weight", weight), ("bias", bias)):
-        if value.dtype != x.dtype and not autocast:
+        # Autocast brings these to one dtype, and leaves float64 alone.
+        mixed = autocast and torch.float64 not in (x.dtype, value.dtype)
+        if value.dtype != x.dtype and not mixed:
             raise ValueError(f"{name}: expected {x.dtype} like x, got {value.dtype}")
         if value.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} like x, got {value.device}")

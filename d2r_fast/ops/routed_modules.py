@@ -197,6 +197,8 @@ def _check(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes) -> None:
     ):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if value.layout is not torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {value.layout}")
         if list(value.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
         if value.dtype != dtype:

@@ -52,6 +52,8 @@ def routed_network(
         raise ValueError(f"x, task: expected [B,n_in] and [B], got {list(x.shape)} and {list(task.shape)}")
     if not (x.is_cpu and task.is_cpu):
         raise ValueError(f"x, task: expected tensors on cpu, got {x.device} and {task.device}")
+    if x.shape[1] != parameters[0].shape[2]:
+        raise ValueError(f"x: expected [B,n_in={parameters[0].shape[2]}], got {list(x.shape)}")
     n_nets, n_modules = len(parameters[0]), parameters[cpp.MODULES].shape[1] + 1
     logits_shape = (n_nets, len(x), n_modules * (n_modules + 1) // 2)
     check_select_arguments(logits_shape, x.device, k, mode, temperature, noise, index)

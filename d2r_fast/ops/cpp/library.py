@@ -29,6 +29,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
+def is_ready() -> bool:
+    """Whether the library is there, with kernels behind the names of `d2r_fast.ops.contract`."""
+    return _load()[0] is not None
+
+
 def operations() -> Any:
     """`torch.ops.d2r_fast_cpu`, loaded. ValueError: the backend cannot be used, and why."""
     library, why = _load()

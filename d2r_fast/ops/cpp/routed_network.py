@@ -20,6 +20,11 @@ def saved_shapes(x: Tensor, parameters: Sequence[Tensor], keep: bool) -> tuple[i
     return (rows * (2 * hidden + 2 * width + route), (n_nets, per_net + 1, x.shape[0], width)) if keep else (0, (0,))
 
 
+def rows_of_adjacent_numbers(x: Tensor) -> Tensor:
+    """x [B,n_in] itself, or a copy unless each row lies in one piece: rows may be columns of a wider matrix."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
 def forward(
     x: Tensor,
     task: Tensor,
@@ -46,9 +51,9 @@ def forward(
     temperature, noise = (None if v is None else v.to(x.dtype).contiguous() for v in (temperature, noise))
     given = None if given is None else readable_index(given)
     operations().network(
-        x.contiguous(),
+        rows_of_adjacent_numbers(x),
         task.to(torch.int64).contiguous(),
-        [p.contiguous() for p in parameters],
+        list(parameters),
         *(temperature, noise, given),
         *(residual, resrouting, precision == "bf16", keep),
         *(out, index, gate, flow, active, activations, h, opened),
@@ -73,22 +78,25 @@ def backward(
     precision: str,
     to_x: bool,
     to_parameters: bool,
+    d_parameters: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """d_x [B,n_in], empty unless `to_x`; a gradient for each parameter, or none unless `to_parameters`.
 
     to_gate [E,B,N,K]: gradient that reaches `gate` by another way than `out`; None: nothing does.
+    d_parameters: where the parameters' gradients are written; None: to fresh memory.
     """
     n_nets = len(parameters[0])
     d_x = x.new_empty((n_nets, *x.shape) if to_x else 0)
-    d_parameters = [p.new_empty(p.shape) for p in parameters] if to_parameters else []
+    if d_parameters is None:
+        d_parameters = [p.new_empty(p.shape) for p in parameters] if to_parameters else []
     operations().network_backward(
         d_out.contiguous(),
         None if to_gate is None else to_gate.contiguous(),
-        x.contiguous(),
+        rows_of_adjacent_numbers(x),
         task.to(torch.int64).contiguous(),
-        [p.contiguous() for p in parameters],
+        list(parameters),
         *(index, gate, flow, active, activations, h, opened),
         *(residual, precision == "bf16", to_x),
-        *(d_x, d_parameters),
+        *(d_x, list(d_parameters)),
     )
-    return d_x.sum(0) if to_x else d_x, d_parameters
+    return d_x.sum(0) if to_x else d_x, list(d_parameters)

@@ -1,0 +1,19 @@
+// Gumbel noise out of uniform noise, on the CPU.
+#include "operations.h"
+#include "parallel.h"
+
+namespace d2r_fast {
+
+void gumbel_(Tensor uniform) {
+  check(uniform.is_contiguous(), "uniform: expected a contiguous tensor");
+  constexpr int64_t kPiece = 1 << 14;
+  const int64_t n = uniform.numel();
+  with_dtype(uniform, [&](auto zero) {
+    using T = decltype(zero);
+    for_each_block((n + kPiece - 1) / kPiece, [&](int64_t piece) {
+      kernels<T>(false).gumbel(data<T>(uniform) + piece * kPiece, std::min(kPiece, n - piece * kPiece));
+    });
+  });
+}
+
+}  // namespace d2r_fast

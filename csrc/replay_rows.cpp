@@ -1,0 +1,54 @@
+// The rows of one batch out of the replay's storage, on the CPU (d2r_fast/ops/replay_rows.py).
+#include <cstring>
+#include <tuple>
+
+#include "operations.h"
+#include "parallel.h"
+
+namespace d2r_fast {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> replay_rows(Tensor obs, Tensor action, Tensor reward, Tensor terminal,
+                                                       Tensor next_obs, Tensor route, Tensor share, Tensor size) {
+  check(obs.dim() == 3 && action.dim() == 3 && route.dim() == 4 && share.dim() == 2,
+        "obs, action, route, share: expected [T,S,O], [T,S,A], [T,S,N,K] and [T,n], got ", shape_text(obs.sizes()), ", ",
+        shape_text(action.sizes()), ", ", shape_text(route.sizes()), ", ", shape_text(share.sizes()));
+  const int64_t n_tasks = obs.size(0), stored = obs.size(1), n_obs = obs.size(2), n_actions = action.size(2);
+  const int64_t n_modules = route.size(2), n_kept = route.size(3), per_task = share.size(1), n_rows = n_tasks * per_task;
+  check_tensor("obs", obs, ScalarType::Float, {n_tasks, stored, n_obs});
+  check_tensor("action", action, ScalarType::Float, {n_tasks, stored, n_actions});
+  check_tensor("reward", reward, ScalarType::Float, {n_tasks, stored});
+  check_tensor("terminal", terminal, ScalarType::Bool, {n_tasks, stored});
+  check_tensor("next_obs", next_obs, ScalarType::Float, {n_tasks, stored, n_obs});
+  check_tensor("route", route, ScalarType::Byte, {n_tasks, stored, n_modules, n_kept});
+  check_tensor("share", share, ScalarType::Double, {n_tasks, per_task});
+  check_tensor("size", size, ScalarType::Long, {});
+  const int64_t filled = *const_data<int64_t>(size), width = n_obs + n_actions, routes = n_modules * n_kept;
+  check(filled >= 1 && filled <= stored, "size: expected 1..", stored, " stored rows a task, got ", filled);
+  Tensor rows = torch::stable::new_empty(obs, {3, n_rows, width});
+  Tensor rewards = torch::stable::new_empty(reward, {n_rows}), terminals = torch::stable::new_empty(reward, {n_rows});
+  Tensor given = torch::stable::new_empty(route, {1, n_rows, n_modules, n_kept});
+  constexpr int64_t kRowsAtOnce = 128;
+  for_each_block((n_rows + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t block) {
+    for (int64_t row = block * kRowsAtOnce; row < std::min(n_rows, (block + 1) * kRowsAtOnce); ++row) {
+      // A product may round up to the size.
+      const auto drawn = static_cast<int64_t>(const_data<double>(share)[row] * static_cast<double>(filled));
+      const int64_t from = row / per_task * stored + std::clamp<int64_t>(drawn, 0, filled - 1);
+      float* to = data<float>(rows) + row * width;
+      const float* own = const_data<float>(obs) + from * n_obs;
+      std::memcpy(to, own, n_obs * sizeof(float));
+      std::memcpy(to + n_obs, const_data<float>(action) + from * n_actions, n_actions * sizeof(float));
+      to += n_rows * width;
+      std::memcpy(to, own, n_obs * sizeof(float));
+      std::memset(to + n_obs, 0, n_actions * sizeof(float));
+      to += n_rows * width;
+      std::memcpy(to, const_data<float>(next_obs) + from * n_obs, n_obs * sizeof(float));
+      std::memset(to + n_obs, 0, n_actions * sizeof(float));
+      data<float>(rewards)[row] = const_data<float>(reward)[from];
+      data<float>(terminals)[row] = const_data<bool>(terminal)[from] ? 1.0f : 0.0f;
+      std::memcpy(data<uint8_t>(given) + row * routes, const_data<uint8_t>(route) + from * routes, routes);
+    }
+  });
+  return {rows, rewards, terminals, given};
+}
+
+}  // namespace d2r_fast

@@ -1,0 +1,1 @@
+"""One update: what it changes, how it is made, and the replay that it draws from."""

@@ -1,0 +1,74 @@
+"""Everything that an update changes as a few long buffers, of which the networks' parameters are views."""
+
+import torch
+from torch import Tensor, nn
+
+from d2r_fast.policy import N_CRITICS, Agent
+
+ALIGNMENT = 16  # numbers: every parameter begins at a multiple of 64 bytes in float32
+
+
+class FlatParameters:
+    """Moves an agent's parameters into flat buffers; its modules, their names and state_dict stay as they are.
+
+    Not for an agent that is moved to another device or dtype afterwards, which would give it parameters of its own.
+
+    values    [n] actor, critics, log alpha, in this order, each parameter aligned, with zeros between them
+    gradient  [n] the same layout; `gradients` gives the views
+    targets   [m] the target critics, laid out as the critics within `values`
+    segments  [S,3] int64 on the CPU: begin, end and network of every run of one network's numbers; network 0 is the
+              actor, then each critic, then log alpha
+    """
+
+    def __init__(self, agent: Agent):
+        self.agent = agent
+        groups = [(list(agent.actor.parameters()), 1), (list(agent.critics.parameters()), N_CRITICS)]
+        groups.append(([agent.log_alpha], 1))
+        runs: list[tuple[int, int, int]] = []
+        places: list[tuple[nn.Parameter, int]] = []
+        begins: list[int] = []
+        at = network = 0
+        for parameters, n_nets in groups:
+            begins.append(at)
+            for parameter in parameters:
+                places.append((parameter, at))
+                per_net = parameter.numel() // n_nets
+                runs += [(at + e * per_net, at + (e + 1) * per_net, network + e) for e in range(n_nets)]
+                at = _aligned(at + parameter.numel())
+            network += n_nets
+        self.n_networks = network
+        self.segments = torch.tensor([run for run in runs if run[0] < run[1]], dtype=torch.int64)
+        self.targets_begin, targets_end = begins[1], begins[2]
+        self.values = _moved(places, at)
+        self.gradient = torch.zeros_like(self.values)
+        first_of_critics = len(groups[0][0])
+        target_places = [
+            (parameter, place - self.targets_begin)
+            for parameter, (_, place) in zip(agent.target_critics.parameters(), places[first_of_critics:], strict=False)
+        ]
+        self.targets = _moved(target_places, targets_end - self.targets_begin)
+        self._places = {parameter: place for parameter, place in places}
+
+    def gradients(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Where the gradients of these parameters go: views of `gradient`."""
+        return [self.view(self.gradient, parameter) for parameter in parameters]
+
+    def view(self, buffer: Tensor, parameter: Tensor) -> Tensor:
+        """What belongs to a parameter in a buffer laid out as `values`."""
+        begin = self._places[parameter]
+        return buffer[begin : begin + parameter.numel()].view(parameter.shape)
+
+
+def _aligned(at: int) -> int:
+    return -(-at // ALIGNMENT) * ALIGNMENT
+
+
+def _moved(places: list[tuple[nn.Parameter, int]], size: int) -> Tensor:
+    """A buffer that holds the parameters' values at their places, and is where they live from now on."""
+    like = places[0][0]
+    buffer = torch.zeros(size, dtype=like.dtype, device=like.device)
+    for parameter, begin in places:
+        view = buffer[begin : begin + parameter.numel()].view(parameter.shape)
+        view.copy_(parameter.detach())
+        parameter.data = view
+    return buffer

@@ -1,0 +1,145 @@
+"""The update that training makes: the equations of `sac.py` in a few calls, with gradients by hand instead of autograd.
+
+Passes through the networks, and between them one call each for the batch's rows, the policy's actions, all losses with
+their gradients, and the step of everything that is trained. `tests/test_update.py` holds it against `sac.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2r_fast.config import SacConfig
+from d2r_fast.learning.parameters import FlatParameters
+from d2r_fast.learning.passes import forward_pass
+from d2r_fast.network import GREEDY, RouteChoice
+
+from d2r_fast.ops.gumbel import gumbel
+from d2r_fast.ops.optimiser_step import optimiser_step
+from d2r_fast.ops.replay_rows import ReplayRows
+from d2r_fast.ops.sac_losses import sac_losses
+from d2r_fast.ops.squashed_normal import squash, squash_backward
+from d2r_fast.policy import N_CRITICS, Agent
+from d2r_fast.sac import Draws
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+
+
+def draw(agent: Agent, rows: ReplayRows, task: Tensor, generator: torch.Generator) -> Draws:
+    """Fresh random numbers for `Update.step`, in one call a kind; `generator` lives on the agent's device."""
+    n_rows, like = len(rows.reward), rows.reward
+    shape = (2, n_rows, agent.actor.action_size)
+    noise = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    routes = gumbel((N_CRITICS, n_rows, agent.critics.net.cfg.n_logits), like, generator)
+    return Draws(noise[0], noise[1], RouteChoice.sampled(agent.route_temp[task], routes))
+
+
+class Metrics(NamedTuple):
+    """What an update tells, on the device.
+
+    losses  [6,T] as `sac_losses` gives them: alpha's, actor's and critics' loss, whether left out, entropy, alpha
+    norms   [2+E] gradient norms before clipping: actor, each critic, log alpha
+    """
+
+    losses: Tensor
+    norms: Tensor
+
+
+class Update:
+    """Adam's state and the buffers of one agent, and the update that changes them in place.
+
+    first, second  [n] Adam's moments, laid out as `flat.values`
+    step_count     []  int64, steps made
+    """
+
+    def __init__(self, agent: Agent, cfg: SacConfig):
+        self.agent, self._cfg = agent, cfg
+        self.flat = FlatParameters(agent)
+        self.first, self.second = torch.zeros_like(self.flat.values), torch.zeros_like(self.flat.values)
+        self.step_count = torch.zeros((), dtype=torch.int64, device=self.first.device)
+        self._actor_gradients = self.flat.gradients(list(agent.actor.parameters()))
+        self._critic_gradients = self.flat.gradients(list(agent.critics.parameters()))
+        (self._alpha_gradient,) = self.flat.gradients([agent.log_alpha])
+        self._learning_rates = [cfg.actor_lr, *[cfg.critic_lr] * N_CRITICS, cfg.alpha_lr]
+
+    @torch.no_grad()
+    def step(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Metrics:
+        """One update of actor, critics, log alpha, targets and route temperatures; task [B] int64.
+
+        Every loss sees the parameters from before the step.
+        """
+        losses = self.gradients(rows, task, draws)
+        cfg, flat = self._cfg, self.flat
+        norms = optimiser_step(
+            *(flat.values, flat.gradient, self.first, self.second, flat.targets, self.step_count),
+            *(self.agent.log_alpha, self.agent.route_temp, flat.segments, flat.targets_begin, self._learning_rates),
+            *(BETA1, BETA2, EPS, cfg.max_grad_norm, cfg.target_rate),
+        )
+        return Metrics(losses, norms)
+
+    def gradients(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Tensor:
+        """Fill `flat.gradient`; returns the losses [6,T]."""
+        agent, cfg = self.agent, self._cfg
+        actor, critics, targets = agent.actor.net, agent.critics.net, agent.target_critics.net
+        acted, now, after = rows.x  # [B,O+A] each; the last two with room for the actor's action
+        n_obs = actor.n_in
+
+        # The actor learns along the routes that it acted on.
+        policy = forward_pass(actor, now[:, :n_obs], task, RouteChoice.given(rows.route), needs="parameters")
+        logp = squash(policy.out[0], draws.noise, now[:, n_obs:])  # [B]
+        next_policy = forward_pass(actor, after[:, :n_obs], task, GREEDY)
+        next_logp = squash(next_policy.out[0], draws.next_noise, after[:, n_obs:])
+
+        q = forward_pass(critics, acted, task, draws.critic_choice, needs="parameters")
+        frozen_q = forward_pass(critics, now, task, GREEDY, needs="input")
+        target_q = forward_pass(targets, after, task, GREEDY)
+        loss = sac_losses(
+            *(q.out[..., 0], frozen_q.out[..., 0], target_q.out[..., 0], logp, next_logp, rows.reward, rows.terminal),
+            *(agent.log_alpha, cfg.gamma, -float(agent.actor.action_size), cfg.max_task_loss, self._alpha_gradient),
+        )
+        d_action = frozen_q.to_input(loss.d_frozen_q[..., None])[:, n_obs:]  # [B,A]
+        d_policy = squash_backward(d_action, loss.d_logp, policy.out[0], draws.noise, now[:, n_obs:])  # [B,2A]
+        policy.to_parameters(d_policy[None], self._actor_gradients)
+        q.to_parameters(loss.d_q[..., None], self._critic_gradients)
+        return loss.losses
+
+    def state_dict(self) -> dict[str, object]:
+        """Adam's state; moments by the parameters' names."""
+        named = self._named_parameters()
+        first, second = (
+            {name: self.flat.view(moment, parameter) for name, parameter in named.items()}
+            for moment in (self.first, self.second)
+        )
+        return {"step": int(self.step_count), "first": first, "second": second}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` gave, or the state_dict of torch's Adam over actor, critics and log alpha, which
+        earlier checkpoints hold."""
+        named = self._named_parameters()
+        if "param_groups" in state:
+            of = [state["state"].get(i) for i in range(len(named))]
+            state = {
+                "step": max((int(s["step"]) for s in of if s), default=0),
+                "first": {name: s["exp_avg"] for name, s in zip(named, of, strict=True) if s},
+                "second": {name: s["exp_avg_sq"] for name, s in zip(named, of, strict=True) if s},
+            }
+        for moment, saved in ((self.first, state["first"]), (self.second, state["second"])):
+            moment.zero_()
+            for name, value in saved.items():
+                self.flat.view(moment, named[name]).copy_(value)
+        self.step_count.fill_(state["step"])
+
+    def moments(self) -> dict[str, Tensor]:
+        """Adam's moments, views by what they are of."""
+        return {
+            f"{name}: Adam's {which} moment": self.flat.view(moment, parameter)
+            for name, parameter in self._named_parameters().items()
+            for which, moment in (("first", self.first), ("second", self.second))
+        }
+
+    def _named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What Adam moves: actor, critics and log alpha, in the order of `flat.values`."""
+        agent = self.agent
+        named = {f"actor.{name}": p for name, p in agent.actor.named_parameters()}
+        named |= {f"critics.{name}": p for name, p in agent.critics.named_parameters()}
+        return named | {"log_alpha": agent.log_alpha}

@@ -1,0 +1,121 @@
+"""The losses of multi-task SAC and their gradients at the networks' outputs, in one call (algorithm: "the update")."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2r_fast.ops.contract import define
+
+
+class LossGradients(NamedTuple):
+    """What `sac_losses` gives; the gradient of log alpha goes where it was told.
+
+    losses      [6,T] each task's loss of alpha, actor and (summed) critics; 1 where their sum was too large to count,
+                else 0; the policy's entropy; alpha
+    d_q         [E,B] gradient at the critics' values of the batch's actions
+    d_frozen_q  [E,B] at the constant critics' values of the actor's actions
+    d_logp      [B]   at the actor's log probabilities
+    """
+
+    losses: Tensor
+    d_q: Tensor
+    d_frozen_q: Tensor
+    d_logp: Tensor
+
+
+def sac_losses(
+    q: Tensor,
+    frozen_q: Tensor,
+    target_q: Tensor,
+    logp: Tensor,
+    next_logp: Tensor,
+    reward: Tensor,
+    terminal: Tensor,
+    log_alpha: Tensor,
+    gamma: float,
+    target_entropy: float,
+    max_task_loss: float,
+    d_log_alpha: Tensor,
+) -> LossGradients:
+    """Every loss and its gradient; rows of a task stand together, B/T of each, tasks in order.
+
+    q, frozen_q, target_q   [E,B] values of {batch action; the actor's action at obs, critics constant; at next_obs,
+                            target critics}
+    logp, next_logp         [B]   of the actor's actions at obs and at next_obs
+    reward, terminal        [B]
+    log_alpha               [T]
+    d_log_alpha             [T]   is written: the gradient of log alpha
+
+        w = T softmax(-log alpha)
+        y = reward + gamma (1 - terminal) (min_e target_q - alpha next_logp)
+        L_alpha = -log alpha (mean logp + H),  H the target entropy
+        L_actor = mean w (alpha logp - min_e frozen_q)
+        L_critic_e = mean w (q_e - y)^2
+        L = 1/T sum of (L_alpha + L_actor + sum_e L_critic_e) over the tasks where that is at most max_task_loss
+    """
+    return LossGradients(
+        *_sac_losses(
+            *(q, frozen_q, target_q, logp, next_logp, reward, terminal, log_alpha),
+            *(gamma, target_entropy, max_task_loss, d_log_alpha),
+        )
+    )
+
+
+def reference(
+    q: Tensor,
+    frozen_q: Tensor,
+    target_q: Tensor,
+    logp: Tensor,
+    next_logp: Tensor,
+    reward: Tensor,
+    terminal: Tensor,
+    log_alpha: Tensor,
+    gamma: float,
+    target_entropy: float,
+    max_task_loss: float,
+    d_log_alpha: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_tasks = len(log_alpha)
+
+    def by_task(value: Tensor) -> Tensor:  # [...,B] -> [...,T,n]
+        return value.view(*value.shape[:-1], n_tasks, -1)
+
+    alpha, weight = log_alpha.exp()[:, None], n_tasks * torch.softmax(-log_alpha, 0)[:, None]  # [T,1]
+    next_value = by_task(target_q.amin(0)) - alpha * by_task(next_logp)
+    y = by_task(reward) + gamma * (1 - by_task(terminal)) * next_value  # [T,n]
+    error, best = by_task(q) - y, frozen_q.amin(0)
+    mean_logp = by_task(logp).mean(-1)
+    alpha_loss = -log_alpha * (mean_logp + target_entropy)
+    actor_loss = (weight * (alpha * by_task(logp) - by_task(best))).mean(-1)
+    critic_loss = (weight * error.square()).mean(-1).sum(0)
+    kept = (alpha_loss + actor_loss + critic_loss <= max_task_loss)[:, None]  # [T,1]
+
+    share = torch.where(kept, weight, 0) / len(logp)  # of a row in the mean over rows and tasks
+    d_q = torch.where(kept, 2 * share * error, 0).flatten(-2)
+    is_best = frozen_q == best
+    d_best = -share.expand(error.shape[1:]).flatten() / is_best.sum(0)  # equal ones share the gradient
+    d_frozen_q = torch.where(is_best, d_best, 0)
+    d_logp = (share * alpha).expand(error.shape[1:]).flatten()
+    d_log_alpha.copy_(torch.where(kept[:, 0], -(mean_logp + target_entropy) / n_tasks, 0))
+    left_out = 1 - kept[:, 0].to(q.dtype)
+    return (
+        torch.stack([alpha_loss, actor_loss, critic_loss, left_out, -mean_logp, alpha[:, 0]]),
+        d_q,
+        d_frozen_q,
+        d_logp,
+    )
+
+
+_sac_losses = define(
+    "sac_losses(Tensor q, Tensor frozen_q, Tensor target_q, Tensor logp, Tensor next_logp, Tensor reward, "
+    "Tensor terminal, Tensor log_alpha, float gamma, float target_entropy, float max_task_loss, "
+    "Tensor(a!) d_log_alpha) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference,
+    lambda q, frozen_q, target_q, logp, next_logp, reward, terminal, log_alpha, *_: (
+        q.new_empty(6, len(log_alpha)),
+        q.new_empty(q.shape),
+        q.new_empty(q.shape),
+        logp.new_empty(logp.shape),
+    ),
+)
