@@ -1,6 +1,7 @@
-"""A run on the disk: its newest good checkpoint, and whether that is the run's own."""
+"""A run directory: its newest good checkpoint, whether that is the run's own, and what a run makes of it."""
 
 import dataclasses
+import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,13 @@ from d2r_fast.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     located,
+    set_aside_later,
 )
-from d2r_fast.claim import FILE, read_run_id
+from d2r_fast.claim import FILE, Claim, read_run_id
 from d2r_fast.config import RunConfig
-from d2r_fast.config_json import config_from_json, read_config
+from d2r_fast.config_json import config_from_json, config_to_json, read_config
+from d2r_fast.files import whole_file
+from d2r_fast.metrics import MetricsLog
 
 # What a resumed run may change: nothing that the saved state was made with.
 RESUMABLE_FIELDS = {"total_steps", "device", "overlap", "eval", "checkpoint_every_chunks", "checkpoint_replay"}
@@ -174,3 +178,29 @@ def notes_on_resume(saved: SavedRun, run_dir: Path) -> list[str]:
     if not metrics.exists() and saved.state.get("metrics_length", 0) != 0:
         notes.append(f"{metrics}: missing; records begin after {saved.state['steps']} steps a task")
     return notes
+
+
+def open_run(
+    run_dir: Path, cfg: RunConfig, resume: dict[str, Any] | None, claim: Claim | None
+) -> tuple[Claim, MetricsLog]:
+    """Make a directory the one in which a run of `cfg` trains: held, named, with its configuration and its records.
+
+    resume: the checkpoint it goes on from. What lies there beyond it is kept as *.discarded*.
+    BlockingIOError: another process trains there. FileExistsError: without `resume`, it has checkpoints. OSError.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config, claim = run_dir / "config.json", claim or Claim(run_dir)
+    try:
+        if resume is None and checkpoint_files(run_dir):
+            raise FileExistsError(f"{run_dir}: has the checkpoints of a run; to go on from it: --resume {run_dir}")
+        claim.name((saved_id(resume) if resume else None) or uuid.uuid4().hex)
+        if resume is not None:
+            set_aside_later(run_dir, resume["steps"])
+            if config.exists() and config.read_bytes() != resume["config"].encode():
+                config.replace(config.with_name("config.discarded.json"))
+        with whole_file(config) as file:
+            file.write(config_to_json(cfg).encode())
+        return claim, MetricsLog(run_dir, cfg.task_names, resume["metrics_length"] if resume else 0)
+    except BaseException:
+        claim.release()
+        raise

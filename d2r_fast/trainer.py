@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from fractions import Fraction
@@ -22,7 +21,6 @@ from d2r_fast.checkpoint import (
     field,
     located,
     save_checkpoint,
-    set_aside_later,
 )
 from d2r_fast.claim import Claim
 from d2r_fast.collector import Chunk, Collector
@@ -30,15 +28,14 @@ from d2r_fast.config import RunConfig
 from d2r_fast.config_json import config_to_json
 from d2r_fast.envs import MultiTaskEnvs, WorkerError, make_envs
 from d2r_fast.evaluate import evaluate
-from d2r_fast.files import whole_file
 from d2r_fast.finite import first_not_finite
 from d2r_fast.learner import Learner, restore_generator
-from d2r_fast.metrics import MetricsLog, check_metrics
+from d2r_fast.metrics import check_metrics
 from d2r_fast.overlap import ChunkFeed
 from d2r_fast.policy import Agent
 from d2r_fast.progress import Progress, Waits
 from d2r_fast.replay import Replay
-from d2r_fast.saved_run import check_state, saved_id
+from d2r_fast.saved_run import check_state, open_run
 
 # A stop waits for this many updates at most, and the progress bar moves once in as many.
 UPDATES_AT_ONCE = 10
@@ -147,32 +144,13 @@ class Trainer:
             self._collector, cfg.chunk_steps // cfg.env.envs_per_task, cfg.overlap and not cfg.deterministic
         )
         try:
-            self._open_directory(resume, claim)
+            self._claim, self._log = open_run(run_dir, cfg, resume, claim)
         except BaseException:
             self._feed.close()
             raise
         total_updates = int(cfg.total_steps * Fraction(str(cfg.updates_per_step)))
         self._progress = Progress(self.tasks, total_updates, self.learner.updates, show_progress)
         self._stop_requested = False
-
-    def _open_directory(self, resume: dict[str, Any] | None, claim: Claim | None) -> None:
-        run_dir, config = self.run_dir, self.run_dir / "config.json"
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._claim = claim or Claim(run_dir)
-        try:
-            if resume is None and checkpoint_files(run_dir):
-                raise FileExistsError(f"{run_dir}: has the checkpoints of a run; to go on from it: --resume {run_dir}")
-            self._claim.name((saved_id(resume) if resume else None) or uuid.uuid4().hex)
-            if resume is not None:
-                set_aside_later(run_dir, self.steps)
-                if config.exists() and config.read_bytes() != resume["config"].encode():
-                    config.replace(config.with_name("config.discarded.json"))
-            with whole_file(config) as file:
-                file.write(config_to_json(self.cfg).encode())
-            self._log = MetricsLog(run_dir, self.tasks, resume["metrics_length"] if resume else 0)
-        except BaseException:
-            self._claim.release()
-            raise
 
     @property
     def finished(self) -> bool:

@@ -133,6 +133,8 @@ class DamagedFiles:
             return "lost", problem
         if told:
             return "went on with a warning", ""
+        if case[:2] == ("newest", "missing"):
+            return "went on from the checkpoint before", ""  # as a run that was killed before it saved this one
         if case.command.startswith("eval") and self._unread(case):
             return "not read", ""
         return "silent", "went on without a word"
