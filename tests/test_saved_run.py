@@ -85,14 +85,15 @@ def names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
-def assert_refused(run_dir: Path, message: str, *command: object) -> None:
-    """The command ends with one line, which has `message`, and leaves the directory as it was."""
+def assert_refused(run_dir: Path, message: str, *command: object) -> str:
+    """The command ends with one line, which has `message`, and leaves the directory as it was; returns the line."""
     before = contents(run_dir)
     outcome = d2r(*command)
     assert outcome.code == 1
     assert len(outcome.err) == 1
     assert message in outcome.err[0]
     assert contents(run_dir) == before
+    return outcome.err[0]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(run, whole):
@@ -436,9 +437,8 @@ def test_a_wrong_field_is_named(run, case):
     state = load_checkpoint(path)
     change(state)
     save_checkpoint(run, 60, state)
-    assert_refused(run, message, "train", "--resume", run)
-    outcome = d2r("train", "--resume", run)
-    assert outcome.err[0].startswith(f"d2r train: {path}: ")
+    line = assert_refused(run, message, "train", "--resume", run)
+    assert line.startswith(f"d2r train: {path}: ")
 
 
 @pytest.mark.parametrize("case", [name for name in WRONG if name.startswith(("config", "steps", "agent", "run_id"))])
