@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from d2r_fast.checkpoint import check_tensor, count, field
+from d2r_fast.ops.replay_rows import ReplayRows, replay_rows
 from d2r_fast.ops.route_checks import require_legal_index
 from d2r_fast.sac import Batch
 
@@ -141,23 +142,31 @@ class Replay:
         self._size_there.fill_(size)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """The same rows as `sample_rows` gives, field by field."""
+        rows = self.sample_rows(batch_size, generator)
+        acted, _, after = rows.x
+        n_obs = self._store.obs.shape[2]
+        return Batch(
+            obs=acted[:, :n_obs],
+            action=acted[:, n_obs:],
+            reward=rows.reward,
+            terminal=rows.terminal,
+            next_obs=after[:, :n_obs],
+            task=self.tasks_of(batch_size),
+            route=rows.route[0],
+        )
+
+    def sample_rows(self, batch_size: int, generator: torch.Generator) -> ReplayRows:
         """B rows, B/T of every task, drawn uniformly and independently; `generator` lives on the replay's device."""
         if self.size == 0:
             raise RuntimeError("the replay is empty: collect before sampling")
         shape = (self.n_tasks, batch_size // self.n_tasks)
         share = torch.rand(shape, dtype=torch.float64, generator=generator, device=self.device)
-        row = (share * self._size_there).long().minimum(self._size_there - 1)  # a product may round up to the size
-        flat = (row + self._task[:, None] * self.rows_per_task).flatten()  # [B]
-        rows = Transitions(*(store.flatten(0, 1).index_select(0, flat) for store in self._store))
-        return Batch(
-            obs=rows.obs,
-            action=rows.action,
-            reward=rows.reward,
-            terminal=rows.terminal.to(rows.reward.dtype),
-            next_obs=rows.next_obs,
-            task=self._task.repeat_interleave(batch_size // self.n_tasks),
-            route=rows.route,
-        )
+        return replay_rows(*self._store, share, self._size_there)
+
+    def tasks_of(self, batch_size: int) -> Tensor:
+        """The task of every row of a batch [B] int64."""
+        return self._task.repeat_interleave(batch_size // self.n_tasks)
 
     def tensors(self) -> dict[str, Tensor]:
         """The storage, rows not filled yet included: zeros."""

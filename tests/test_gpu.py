@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from check_golden import LIMIT, check_directory
+from check_golden import LIMIT, check_directory, rows_of
 
 from d2r_fast import Agent, NetConfig, SacConfig
 from d2r_fast.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -162,7 +162,8 @@ def test_a_learner_goes_on_on_the_other_device(tmp_path: Path, there: str, here:
         noise, next_noise, choice = draws
         choice = choice._replace(temperature=choice.temperature.to(device), noise=choice.noise.to(device))
         at_device = draws._replace(noise=noise.to(device), next_noise=next_noise.to(device), critic_choice=choice)
-        update(learner.agent, learner.optimiser, make_batch(device), at_device, SacConfig())
+        batch = make_batch(device)
+        learner.update.step(rows_of(batch), batch.task, at_device)
     for name, value in new.agent.state_dict().items():
         expected = old.agent.state_dict()[name].to(here)
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4, msg=name)  # a step is 3e-4

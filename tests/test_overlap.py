@@ -17,7 +17,7 @@ from d2r_fast.checkpoint import checkpoint_files, find_checkpoint, load_checkpoi
 from d2r_fast.config import EvalConfig
 from d2r_fast.config_json import config_from_json
 from d2r_fast.metrics import read_metrics
-from d2r_fast.network import gumbel
+from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.overlap import ChunkFeed
 from d2r_fast.progress import Progress
 from d2r_fast.trainer import UPDATES_AT_ONCE, Trainer
@@ -165,10 +165,10 @@ def test_the_collectors_parameters_are_its_own_memory(tmp_path):
 def test_the_ratio_is_exact_and_only_the_main_thread_touches_the_replay(tmp_path, ratio):
     trainer = make_trainer(tmp_path / "run", updates_per_step=ratio)
     threads: set[int] = set()
-    for name in ("add", "sample"):
+    for name in ("add", "sample_rows"):
         wrap(trainer.replay, name, lambda: threads.add(threading.get_ident()))
     sizes: list[tuple[int, int]] = []
-    wrap(trainer.replay, "sample", lambda: sizes.append((trainer.learner.updates, trainer.steps)))
+    wrap(trainer.replay, "sample_rows", lambda: sizes.append((trainer.learner.updates, trainer.steps)))
     assert trainer.run()
     assert threads == {threading.get_ident()}
     # Before every update, enough steps are in the replay to have paid for it, and none more than its chunk.

@@ -223,7 +223,7 @@ def test_every_chunk_ends_with_the_updates_its_steps_paid_for(tmp_path, ratio):
         assert record["updates"] == math.floor(max(0, record["steps"] - 20) * Fraction(str(ratio)))
     assert trainer.learner.updates == int(40 * Fraction(str(ratio)))
     # The optimiser's own count: that many updates were really made.
-    assert {state["step"].item() for state in trainer.learner.optimiser.state.values()} == {trainer.learner.updates}
+    assert trainer.learner.update.step_count.item() == trainer.learner.updates
 
 
 def test_a_run_without_a_saved_replay_fills_it_again(tmp_path):
@@ -507,13 +507,3 @@ def test_the_memory_of_worker_processes_is_logged_beside_the_own():
         worker.stdout.readline()
         assert progress.times()["workers_rss_mib"] > before["workers_rss_mib"]
         worker.communicate(b"\n")
-
-
-def test_a_state_saved_on_a_gpu_makes_the_optimiser_no_gpu_optimiser(tmp_path):
-    trainer = Trainer(CFG, tmp_path / "run", show_progress=False)
-    state = trainer.learner.state_dict()
-    for group in state["optimiser"]["param_groups"]:
-        group["capturable"] = True
-    trainer.learner.load_state_dict(state)
-    assert [group["capturable"] for group in trainer.learner.optimiser.param_groups] == [False] * 3
-    trainer.close()

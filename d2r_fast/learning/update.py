@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from d2r_fast.checkpoint import check_tensor, check_tensors, count, describe, field
 from d2r_fast.config import SacConfig
 from d2r_fast.learning.parameters import FlatParameters
 from d2r_fast.learning.passes import forward_pass
@@ -114,20 +115,17 @@ class Update:
 
     def load_state_dict(self, state: dict) -> None:
         """Take over what `state_dict` gave, or the state_dict of torch's Adam over actor, critics and log alpha, which
-        earlier checkpoints hold."""
+        earlier checkpoints hold. ValueError: it is of another agent."""
         named = self._named_parameters()
         if "param_groups" in state:
-            of = [state["state"].get(i) for i in range(len(named))]
-            state = {
-                "step": max((int(s["step"]) for s in of if s), default=0),
-                "first": {name: s["exp_avg"] for name, s in zip(named, of, strict=True) if s},
-                "second": {name: s["exp_avg_sq"] for name, s in zip(named, of, strict=True) if s},
-            }
+            state = _from_torchs_adam(state, named)
+        step = count(state, "step")
+        for which in ("first", "second"):
+            check_tensors(state.get(which), f"optimiser.{which}", named)
         for moment, saved in ((self.first, state["first"]), (self.second, state["second"])):
-            moment.zero_()
             for name, value in saved.items():
                 self.flat.view(moment, named[name]).copy_(value)
-        self.step_count.fill_(state["step"])
+        self.step_count.fill_(step)
 
     def moments(self) -> dict[str, Tensor]:
         """Adam's moments, views by what they are of."""
@@ -143,3 +141,22 @@ class Update:
         named = {f"actor.{name}": p for name, p in agent.actor.named_parameters()}
         named |= {f"critics.{name}": p for name, p in agent.critics.named_parameters()}
         return named | {"log_alpha": agent.log_alpha}
+
+
+def _from_torchs_adam(state: dict, named: dict[str, torch.nn.Parameter]) -> dict[str, object]:
+    """What torch.optim.Adam saved of these parameters, as `Update.state_dict` has it. ValueError: it is damaged."""
+    of_each = field(state, "state", dict)
+    if not of_each:  # before the first update there is none
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+        return {"step": 0, "first": zeros, "second": zeros}
+    if list(of_each) != list(range(len(named))):
+        raise ValueError(f"optimiser.state: expected one for each of {len(named)} parameters, got {len(of_each)}")
+    steps = torch.zeros(())
+    for i, one in of_each.items():
+        if not isinstance(one, dict):
+            raise ValueError(f"optimiser.state[{i}]: expected dict, got {describe(one)}")
+        check_tensor(one.get("step"), f"optimiser.state[{i}]['step']", steps)
+    first, second = (
+        {name: of_each[i].get(which) for i, name in enumerate(named)} for which in ("exp_avg", "exp_avg_sq")
+    )
+    return {"step": int(of_each[0]["step"]), "first": first, "second": second}

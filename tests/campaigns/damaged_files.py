@@ -222,12 +222,7 @@ def _places(state: Any, keys: tuple = ()) -> Any:
     items = state.items() if isinstance(state, dict) else enumerate(state)
     for key, value in list(items):
         here = (*keys, key)
-        settings = here[:3] == ("learner", "optimiser", "param_groups") and len(here) > 4
-        if (
-            here != ("format",)
-            and here[0] != "collected"
-            and not (settings and key not in ("params", "lr", "betas", "eps"))
-        ):
+        if here != ("format",) and here[0] != "collected":
             yield here, state
         if isinstance(value, dict | list) and here[0] != "collected":
             yield from _places(value, here)
