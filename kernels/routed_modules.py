@@ -11,7 +11,7 @@ adjoints hold whatever the allocation held. A tile whose rows all skip a module 
 import torch
 import triton
 import triton.language as tl
-from d2r_fast.kernels.settings import check_dtype, walk_launch
+from d2r_fast.kernels.settings import check_dtype, packed, walk_launch
 from d2r_fast.kernels.tiles import mix_sources, product, sum_products, tile_rows
 from d2r_fast.kernels.weight_gradient import weight_gradient
 from torch import Tensor
@@ -192,8 +192,8 @@ def forward(
     if mixed.numel() > 0:
         tiles = triton.cdiv(n_rows, launch["BLOCK_ROWS"])
         routed_modules_fwd_kernel[tiles, n_nets](
-            h0.contiguous(), weight.contiguous(), bias.contiguous(), index.contiguous(), gate.contiguous(),
-            active.contiguous(), _order(active, tiles, sort_rows), mixed, h, opened, n_rows,
+            packed(h0), packed(weight), packed(bias), packed(index), packed(gate), packed(active),
+            _order(active, tiles, sort_rows), mixed, h, opened, n_rows,
             RESIDUAL=residual, **launch,
         )  # fmt: skip
     if opened is None:
@@ -224,7 +224,7 @@ def backward(
     n_nets, n_rows, width = d_mixed.shape
     n_modules, n_kept = index.shape[2:]
     launch = walk_launch("routed_modules_bwd", precision, n_modules, n_kept, width)
-    index, gate, flow, active = (v.contiguous() for v in (index, gate, flow, active))
+    index, gate, flow, active = (packed(v) for v in (index, gate, flow, active))
     d_h0 = torch.empty_like(d_mixed, memory_format=torch.contiguous_format)
     d_gate = torch.zeros_like(gate)
     to_relu = torch.empty_like(h)
@@ -232,7 +232,7 @@ def backward(
     if d_h0.numel() > 0:
         tiles = triton.cdiv(n_rows, launch["BLOCK_ROWS"])
         routed_modules_bwd_kernel[tiles, n_nets](
-            d_mixed.contiguous(), h, weight.contiguous(), opened, index, gate, flow, active,
+            packed(d_mixed), h, packed(weight), opened, index, gate, flow, active,
             _order(active, tiles, sort_rows), d_h0, d_gate, to_relu, to_residual, n_rows,
             RESIDUAL=residual, **launch,
         )  # fmt: skip

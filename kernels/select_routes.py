@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from d2r_fast.kernels.settings import FUSED, check_dtype
+from d2r_fast.kernels.settings import FUSED, check_dtype, packed
 from d2r_fast.kernels.tiles import sum_products
 from torch import Tensor
 
@@ -159,9 +159,9 @@ def forward(
     active = torch.empty(n_nets, n_rows, dtype=torch.int32, device=logits.device)
     if active.numel() > 0:
         launch = route_launch(n_modules, k)
-        packed = [None if v is None else v.contiguous() for v in (logits, temperature, noise, given)]
+        inputs = [None if v is None else packed(v) for v in (logits, temperature, noise, given)]
         select_routes_fwd_kernel[(triton.cdiv(active.numel(), launch["BLOCK_ROWS"]),)](
-            *packed, index, gate, flow, active, active.numel(), n_rows,
+            *inputs, index, gate, flow, active, active.numel(), n_rows,
             RESROUTING=resrouting, **launch,
         )  # fmt: skip
     return index, gate, flow, active
@@ -175,6 +175,6 @@ def backward(d_gate: Tensor, index: Tensor, gate: Tensor) -> Tensor:
     if d_logits.numel() > 0:
         launch = route_launch(n_modules, k)
         select_routes_bwd_kernel[(triton.cdiv(n_nets * n_rows, launch["BLOCK_ROWS"]),)](
-            d_gate.contiguous(), index.contiguous(), gate.contiguous(), d_logits, n_nets * n_rows, **launch,
+            packed(d_gate), packed(index), packed(gate), d_logits, n_nets * n_rows, **launch,
         )  # fmt: skip
     return d_logits

@@ -76,6 +76,11 @@ def check_dtype(name: str, value: Tensor) -> None:
         raise ValueError(f"triton: expected float32 for {name}, got {value.dtype}")
 
 
+def packed(value: Tensor) -> Tensor:
+    """Contiguous, and as it reads: torch may hold numbers with the other sign and a bit that says so."""
+    return value.resolve_neg().contiguous()
+
+
 def _settings(kernel: str, precision: str, width: int) -> Settings:
     check_precision(precision)
     if not 1 <= width <= MAX_TRITON_WIDTH:

@@ -43,6 +43,8 @@ def routed_modules(
     require_tensor("h0", h0, "float")
     if not isinstance(routes, Routes):
         raise TypeError(f"routes: expected Routes, got {type(routes).__name__}")
+    require_tensor("weight", weight, "float")
+    require_tensor("routes.gate", routes.gate, "float")
     if under_autocast(h0):
         with torch.autocast(h0.device.type, enabled=False):
             routes = routes._replace(gate=routes.gate.to(weight.dtype))

@@ -69,6 +69,8 @@ def routed_network(
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:
     """What the library, which looks at shapes and dtypes, cannot look at."""
+    if not hasattr(parameters, "__getitem__"):
+        raise TypeError(f"parameters: expected a sequence of tensors, got {type(parameters).__name__}")
     for i, parameter in enumerate(parameters):
         if not isinstance(parameter, Tensor):
             raise TypeError(f"parameters[{i}]: expected a tensor, got {type(parameter).__name__}")

@@ -102,6 +102,8 @@ def make_routes(index: Tensor, gate: Tensor, flow: Tensor | None = None) -> Rout
         raise ValueError(f"index: expected [E,B,N,K], K <= N <= {MAX_MODULES}, got {list(index.shape)}")
     if flow is not None and not (isinstance(flow, Tensor) and flow.dtype == torch.bool):
         raise TypeError(f"flow: expected a bool tensor, got {getattr(flow, 'dtype', type(flow).__name__)}")
+    if flow is not None and flow.layout is not torch.strided:
+        raise ValueError(f"flow: expected a dense tensor, got {flow.layout}")
     for name, value in (("gate", gate), ("flow", flow)):
         if value is not None and value.shape != index.shape:
             raise ValueError(f"{name}: expected shape {list(index.shape)} like index, got {list(value.shape)}")

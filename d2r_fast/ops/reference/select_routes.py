@@ -53,6 +53,9 @@ def forward(
         padded = torch.nn.functional.pad(packed, (0, 1), value=-torch.inf)
         return padded.index_select(2, position).view(n_nets, rows, n_modules, n_modules)
 
+    def largest(scores: Tensor) -> Tensor:  # -inf is a score like any other, and no reason to take what does not exist
+        return unpack(scores.clamp(min=torch.finfo(scores.dtype).min)).topk(k, dim=-1).indices
+
     with torch.no_grad():
         by_route = unpack(logits)
         if given is not None:
@@ -60,9 +63,9 @@ def forward(
         elif noise is not None:
             assert temperature is not None
             # logits / tau + noise in the order of logits + tau * noise: no division, so no overflow at a tiny tau.
-            chosen = unpack(logits + temperature[:, None] * noise).topk(k, dim=-1).indices
+            chosen = largest(logits + temperature[:, None] * noise)
         else:
-            chosen = by_route.topk(k, dim=-1).indices
+            chosen = largest(logits)
         chosen = torch.where(used, chosen, 0)  # [E,B,N,K]
         if resrouting:
             # dev 3: the published threshold is 1/(i+1), not 1/i, over all i sources and without the temperature.
