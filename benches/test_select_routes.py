@@ -11,8 +11,8 @@ from routed_case import Sizes
 from timing import synchronise
 
 from d2r_fast import select_routes
-from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops.backends import availability
+from d2r_fast.ops.gumbel import gumbel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PUBLISHED = Sizes()

@@ -13,8 +13,8 @@ from torch import Tensor
 from d2r_fast.captured import Captured
 from d2r_fast.envs import MultiTaskEnvs
 from d2r_fast.network import RouteChoice
-from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops import count_active
+from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.policy import Agent, Sample
 from d2r_fast.replay import Staging, Transitions
 

@@ -108,8 +108,8 @@ class RoutedNetwork(nn.Module):
         for name, value in (("x", x), ("task", task)):
             if value.device != device:
                 raise ValueError(f"{name}: expected device {device} like the parameters, got {value.device}")
-        mixed = under_autocast(x) and torch.float64 not in (x.dtype, dtype)  # autocast leaves float64 alone
-        if x.dtype != dtype and not mixed:
+        may_differ = under_autocast(x) and torch.float64 not in (x.dtype, dtype)  # autocast leaves float64 alone
+        if x.dtype != dtype and not may_differ:
             raise ValueError(f"x: expected {dtype} like the parameters, got {x.dtype}")
         cfg = self.cfg
         masked = cfg.resrouting and self.training

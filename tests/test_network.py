@@ -6,9 +6,9 @@ import torch
 
 from d2r_fast import Agent, Critics, NetConfig, RouteChoice, RoutedNetwork, load_published
 from d2r_fast.network import GREEDY, EnsembleLinear
-from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops import backends
 from d2r_fast.ops.backends import BACKENDS, PRECISIONS
+from d2r_fast.ops.gumbel import gumbel
 
 CFG = NetConfig(n_modules=5, top_k=2, module_width=8, base_width=12, route_widths=(10, 9))
 N_IN, N_OUT, T = 7, 3, 4

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from d2r_fast import NetConfig, RouteChoice, RoutedNetwork
 from d2r_fast.network import GREEDY
-from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops import routed_network
 from d2r_fast.ops.backends import INTERPRETED, availability
 from d2r_fast.ops.cpp.library import instruction_sets, use_instruction_set
 from d2r_fast.ops.cpp.routed_network import saved_shapes
+from d2r_fast.ops.gumbel import gumbel
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 on_every_instruction_set = pytest.mark.parametrize("backend", cpp_backends(), indirect=True)

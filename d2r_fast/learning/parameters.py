@@ -47,7 +47,7 @@ class FlatParameters:
             for parameter, (_, place) in zip(agent.target_critics.parameters(), places[first_of_critics:], strict=False)
         ]
         self.targets = _moved(target_places, targets_end - self.targets_begin)
-        self._places = {parameter: place for parameter, place in places}
+        self._places: dict[Tensor, int] = dict(places)
 
     def gradients(self, parameters: list[Tensor]) -> list[Tensor]:
         """Where the gradients of these parameters go: views of `gradient`."""

@@ -2,7 +2,7 @@
 parameters are written where they are wanted, and nothing is kept that no backward needs."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,17 +43,16 @@ class _Whole:
 
     def _backward(self, d_out: Tensor, to_x: bool, gradients: list[Tensor]) -> Tensor:
         cfg = self._net.cfg
-        d_x, _ = cpp.backward(
-            *(d_out, None, self._x, self._task, self._parameters, *self._saved, cfg.residual, cfg.precision),
-            *(to_x, False, gradients),
-        )
+        inputs: list[Any] = [d_out, None, self._x, self._task, self._parameters, *self._saved]
+        inputs += [cfg.residual, cfg.precision, to_x, False, gradients]
+        d_x, _ = cpp.backward(*inputs)
         return d_x
 
     def to_input(self, d_out: Tensor) -> Tensor:
         return self._backward(d_out, True, [])
 
     def to_parameters(self, d_out: Tensor, gradients: Sequence[Tensor]) -> None:
-        by_parameter = dict(zip(self._net.parameters(), gradients, strict=True))
+        by_parameter: dict[Tensor, Tensor] = dict(zip(self._net.parameters(), gradients, strict=True))
         self._backward(d_out, False, [by_parameter[p] for p in self._parameters])
 
 

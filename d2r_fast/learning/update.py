@@ -4,7 +4,7 @@ Passes through the networks, and between them one call each for the batch's rows
 their gradients, and the step of everything that is trained. `tests/test_update.py` holds it against `sac.py`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from d2r_fast.config import SacConfig
 from d2r_fast.learning.parameters import FlatParameters
 from d2r_fast.learning.passes import forward_pass
 from d2r_fast.network import GREEDY, RouteChoice
-
 from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops.optimiser_step import optimiser_step
 from d2r_fast.ops.replay_rows import ReplayRows
@@ -143,7 +142,7 @@ class Update:
         return named | {"log_alpha": agent.log_alpha}
 
 
-def _from_torchs_adam(state: dict, named: dict[str, torch.nn.Parameter]) -> dict[str, object]:
+def _from_torchs_adam(state: dict, named: dict[str, torch.nn.Parameter]) -> dict[str, Any]:
     """What torch.optim.Adam saved of these parameters, as `Update.state_dict` has it. ValueError: it is damaged."""
     of_each = field(state, "state", dict)
     if not of_each:  # before the first update there is none
