@@ -37,8 +37,8 @@ def routed_modules(
 
     Returns [E,B,D]. Differentiable once, in h0, weight, bias and routes.gate. Under autocast it runs in weight's dtype.
     ValueError: shapes, dtypes or devices disagree, a route reads a module that it may not or that is not active, or the
-    backend cannot run. TypeError: an argument of another kind. On a GPU nobody waits to look at the routes: a row whose
-    routes are illegal, which only routes made without `make_routes` can be, comes out as NaN.
+    backend cannot run. TypeError: an argument of another kind. On a GPU the values in `routes` are not looked at here,
+    which would mean to wait for it: `make_routes` and `select_routes`, where routes come from, have looked.
     """
     require_tensor("h0", h0, "float")
     if not isinstance(routes, Routes):
