@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from d2r_fast.ops.arguments import require_flag, require_tensor
 from d2r_fast.ops.backends import Precision, check_precision
 from d2r_fast.ops.cpp import routed_network as cpp
-from d2r_fast.ops.select_routes import RouteMode, Routes, check_select_arguments
+from d2r_fast.ops.cpp.library import MAX_WIDTH
+from d2r_fast.ops.select_routes import MAX_MODULES, RouteMode, Routes, check_select_arguments
 
 
 def routed_network(
@@ -83,6 +84,15 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
             f"parameters: expected weights [E,out,in] and, at {cpp.MODULES}, [E,N-1,D,D], {cpp.ROUTE + 2} tensors or "
             f"more, got shapes {[list(p.shape) for p in parameters]}"
         )
+    n_nets, n_modules = len(parameters[0]), parameters[cpp.MODULES].shape[1] + 1
+    if n_modules > MAX_MODULES:
+        raise ValueError(f"parameters[{cpp.MODULES}]: expected at most {MAX_MODULES} modules, got N={n_modules}")
+    for i, parameter in enumerate(parameters):  # before anything of such sizes is allocated
+        if parameter.dim() < 2 or len(parameter) != n_nets or max(parameter.shape[1:]) > MAX_WIDTH:
+            raise ValueError(
+                f"parameters[{i}]: expected E={n_nets} networks and widths of at most {MAX_WIDTH}, got "
+                f"{list(parameter.shape)}"
+            )
 
 
 @torch.library.custom_op("d2r_fast::routed_network", mutates_args=())

@@ -22,7 +22,8 @@ def saved_shapes(x: Tensor, parameters: Sequence[Tensor], keep: bool) -> tuple[i
 
 def rows_of_adjacent_numbers(x: Tensor) -> Tensor:
     """x [B,n_in] itself, or a copy unless each row lies in one piece: rows may be columns of a wider matrix."""
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+    # Not `contiguous`, which takes a matrix without rows as it is.
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def forward(
