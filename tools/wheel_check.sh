@@ -5,6 +5,7 @@
 set -euo pipefail
 python=$1 torch=$2 envs=$3
 wheel=$(realpath dist/*-py3-none-linux_*.whl)
+[ -f "$wheel" ] || { echo "expected a wheel in dist/, make wheel builds it" >&2; exit 1; }
 mkdir -p "$envs"
 folder=$(realpath "$(mktemp -d -p "$envs" wheel-XXXX)")
 trap 'rm -rf "$folder"' EXIT
