@@ -435,3 +435,9 @@ def test_a_configuration_is_refused_if_and_only_if_its_network_cannot_run(monkey
     assert (refusals[0] is None) == (refusals[1] is None), refusals
     if backend == "triton" or (backend == "cpp" and max(widths) > 1024):
         assert refusals[0] is not None
+
+
+def test_cpp_is_refused_on_a_device_other_than_the_cpu():
+    with pytest.raises(ValueError, match=r"^net\.backend cpp: expected tensors on cpu, got meta$"):
+        NetConfig(backend="cpp").check_runs_on(torch.device("meta"))  # as on a GPU
+    NetConfig(backend="reference").check_runs_on(torch.device("meta"))

@@ -90,7 +90,10 @@ class MetaWorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self._rows(self._envs.reset()), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """actions [N,4] -> observation, reward, terminated, truncated, info. Errors as in `MultiTaskEnvs.send`."""
+        """actions [N,4] -> observation, reward, terminated, truncated, info.
+
+        Errors as in `MultiTaskEnvs.send` and `recv`.
+        """
         if self._envs is None:
             raise gymnasium.error.ResetNeeded("step(): call reset() first")
         actions = np.asarray(actions, np.float32)

@@ -1,6 +1,6 @@
 """NaN and infinity in every number that a run holds or is given: is one ever saved, or passed over in silence?
 
-    python tests/campaigns/non_finite.py [--count 100] [--seed 0]
+    python tests/campaigns/non_finite.py [--count 100] [--seed 0] [--jobs 1]
 
 Every case is a fresh tiny run, or a fresh checkpoint, with one number replaced: in what the simulations give (each
 engine, training and evaluation), in the policy's actions and noise, in every tensor that an update changes (parameters,
@@ -29,7 +29,8 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -326,8 +327,8 @@ def try_run(case: Case, run_dir: Path, draw: random.Random) -> tuple[str, str]:
     try:
         with spoiling:
             run = Trainer(cfg, run_dir, show_progress=False)
-            # 4 calls of the warm-up, then 3 a chunk: take, learn, end.
-            Spoiled(case, run, moment=draw.randrange(6, 28), stop=draw.random() < 0.5, draw=draw)
+            # 4 calls of the warm-up, then 3 a chunk: take, learn, end. From the 7th on there are moments.
+            Spoiled(case, run, moment=draw.randrange(7, 28), stop=draw.random() < 0.5, draw=draw)
             run.run()
     except FloatingPointError as error:
         message, files = str(error), checkpoint_files(run_dir)
@@ -396,10 +397,27 @@ def choose(count: int | None, seed: int) -> list[Case]:
     return list(islice(turns, count))
 
 
+def try_batch(options: list[str], batch: tuple[int, int]) -> tuple[list[list[str]], tuple[str, str] | None]:
+    """Some of the cases in a process of their own: case, outcome and what, of each; and how the process failed."""
+    command = [sys.executable, __file__, *options, "--range", *map(str, batch)]
+    failed = None
+    with tempfile.TemporaryFile("w+") as output:  # a pipe's would be lost in a hang
+        try:
+            timeout = SECONDS_A_CASE * (batch[1] - batch[0])
+            done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=timeout)
+            if done.returncode != 0:
+                failed = "crashes", f"exit status {done.returncode}: {done.stderr[-2000:]}"
+        except subprocess.TimeoutExpired:
+            failed = "hangs", f"over {timeout} s"
+        output.seek(0)
+        return [json.loads(line) for line in output if line.endswith("\n")], failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--range", type=int, nargs=2, help=argparse.SUPPRESS)  # of a process of its own
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -412,25 +430,18 @@ def main() -> int:
 
     counts: Counter[str] = Counter()
     told: Counter[str] = Counter()
-    for begin in range(0, len(cases), BATCH):
-        batch = cases[begin : begin + BATCH]
-        command = [sys.executable, __file__, "--seed", str(args.seed), "--range", str(begin), str(begin + len(batch))]
-        command += [] if args.count is None else ["--count", str(args.count)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_A_CASE * len(batch))
-            output, ended = done.stdout, "crashes" if done.returncode != 0 else ""
-            error = done.stderr
-        except subprocess.TimeoutExpired as expired:
-            output, ended, error = (expired.stdout or b"").decode(), "hangs", ""
-        answers = [json.loads(line) for line in output.splitlines()]
-        for case, outcome, what in answers:
-            counts[outcome] += 1
-            told[case.partition(":")[0] + " " + outcome] += 1
-            if outcome == "silent":
-                print(f"{case}: {what}", flush=True)
-        if ended:
-            counts[ended] += 1
-            print(f"{ended}: after {len(answers)} of {len(batch)} cases from {begin} on: {error[-2000:]}", flush=True)
+    options = ["--seed", str(args.seed), *([] if args.count is None else ["--count", str(args.count)])]
+    batches = [(begin, min(begin + BATCH, len(cases))) for begin in range(0, len(cases), BATCH)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for batch, (answers, ended) in zip(batches, pool.map(partial(try_batch, options), batches), strict=True):
+            for case, outcome, what in answers:
+                counts[outcome] += 1
+                told[case.partition(":")[0] + " " + outcome] += 1
+                if outcome == "silent":
+                    print(f"{case}: {what}", flush=True)
+            if ended is not None:
+                counts[ended[0]] += 1
+                print(f"{ended[0]}: case {batch[0] + len(answers)}: {ended[1]}", flush=True)
     for what, n in sorted(told.items()):
         print(f"{what}: {n}")
     bad = counts["silent"] + counts["crashes"] + counts["hangs"]
