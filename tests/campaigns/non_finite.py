@@ -17,12 +17,12 @@ silent, or a process that tried them died or hung.
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import io
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -345,16 +345,17 @@ def try_run(case: Case, run_dir: Path, draw: random.Random) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=1)
-def sound_checkpoint() -> dict[str, Any]:
-    """The last one of a short run."""
-    with tempfile.TemporaryDirectory(prefix="d2r-non-finite-") as folder:
-        Trainer(dataclasses.replace(tiny.RUN, total_steps=20), Path(folder), show_progress=False).run()
-        return load_checkpoint(checkpoint_files(Path(folder))[-1])
+def sound_run() -> tempfile.TemporaryDirectory[str]:
+    """The directory of a short run, for as long as this process lives."""
+    folder = tempfile.TemporaryDirectory(prefix="d2r-non-finite-")
+    Trainer(dataclasses.replace(tiny.RUN, total_steps=20), Path(folder.name), show_progress=False).run()
+    return folder
 
 
 def try_checkpoint(case: Case, run_dir: Path, draw: random.Random) -> tuple[str, str]:
     """Resume and evaluate a checkpoint that holds the number: both must say so in a line."""
-    state = copy.deepcopy(sound_checkpoint())
+    shutil.copytree(sound_run().name, run_dir)
+    state = load_checkpoint(checkpoint_files(run_dir)[-1])
     path = json.loads(case.place)
     ((_, tensor),) = [(at, value) for at, value in tensors_of(state) if list(at) == path]
     poison(tensor, case.value, draw)
