@@ -2,14 +2,15 @@
 
     python tests/campaigns/soak.py [--minutes 60] [--preset quick] [--bound 1.0] [--json FILE]
 
-Trains in this process, one torch thread beside the collector's, and takes a sample after a chunk every 10 seconds:
-resident memory and its peak, what the C library holds for the program ("in use"), threads, open files, mappings. The
+Trains in this process, one torch thread beside the collector's, and takes a sample after a chunk every 10 seconds. The
 first half is left to fill what fills up. Over the second half a line is fitted to the means of 12 equal spans of time,
 because samples next to each other are alike; its slope comes with a 95% interval.
 
-in use    a leak shows here
-resident  what the C library cannot reuse shows here, too
-peak      VmHWM, which only grows: how much of it came in the second half
+in_use    what the C library holds for the program: a leak shows here
+resident  the process's own pages (those of files come and go as the system likes): what is free in one of the C
+          library's heaps and of no use to another shows here, too
+peak      the most that was ever resident, files included
+threads, files, mappings: open at the time
 
 The last line counts what grows: a slope whose interval reaches over --bound MiB a minute (so a run too short or too
 noisy to tell fails as well), a peak that rose by over 5%, more threads, files or mappings than at the half. Exit status
@@ -70,7 +71,7 @@ def in_use_mib() -> float:
 
 def sample(begin: float, updates: int) -> Sample:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    resident, peak = (int(status[name].split()[0]) / 2**10 for name in ("VmRSS", "VmHWM"))
+    resident, peak = (int(status[name].split()[0]) / 2**10 for name in ("RssAnon", "VmHWM"))
     mappings = Path("/proc/self/maps").read_text().count("\n")
     threads, files = len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
     minutes = (time.perf_counter() - begin) / 60
