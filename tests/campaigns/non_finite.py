@@ -43,7 +43,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
-from d2r_fast import evaluate, sac, trainer
+from d2r_fast import evaluate, learner, trainer
 from d2r_fast.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from d2r_fast.cli import main as d2r
 from d2r_fast.config import EnvConfig, EvalConfig, RunConfig
@@ -52,6 +52,7 @@ from d2r_fast.envs.official import OfficialEnvs
 from d2r_fast.envs.official_worker import RESET, STEP
 from d2r_fast.finite import first_not_finite
 from d2r_fast.network import RouteChoice
+from d2r_fast.sac import Draws
 from d2r_fast.trainer import Trainer
 
 VALUES = (np.nan, np.inf, -np.inf)
@@ -204,10 +205,15 @@ def config_for(case: Case, draw: random.Random) -> RunConfig:
 
 
 class Spoiled:
-    """A trainer with one number to go wrong; `moment` counts its `advance` calls."""
+    """A trainer with one number to go wrong, at a moment of `draw`; `struck` tells whether it did."""
 
-    def __init__(self, case: Case, run: Trainer, moment: int, stop: bool, draw: random.Random):
-        self.case, self.run, self.moment, self.stop, self.draw = case, run, moment, stop, draw
+    def __init__(self, case: Case, run: Trainer, draw: random.Random):
+        self.case, self.run, self.draw = case, run, draw
+        self.struck = False
+        # Calls of `advance`: 4 of the warm-up, then 3 a chunk: take, learn, end. From the 7th on there are moments of
+        # Adam's, up to the 19th another chunk is begun, before the 28th another update is made.
+        self.moment = draw.randrange(7, 19 if case.place.startswith("act") else 28)
+        self.stop = draw.random() < 0.5 and case.kind in ("learned", "replay")
         self._advance, self._calls = run.advance, 0
         run.advance = self.advance  # type: ignore[method-assign]
 
@@ -215,46 +221,49 @@ class Spoiled:
         self._calls += 1
         if self._calls == self.moment:
             self.strike()
-            if self.stop and self.case.kind in ("learned", "replay"):
+            if self.stop:
                 self.run._stop_requested = True
                 return
         self._advance()
 
+    def poison(self, tensor: Tensor) -> None:
+        poison(tensor, self.case.value, self.draw)
+        self.struck = True
+
     def strike(self) -> None:
         case, run, draw = self.case, self.run, self.draw
         if case.kind == "learned":
-            poison(run.learner.tensors()[case.place], case.value, draw)
+            self.poison(run.learner.tensors()[case.place])
         elif case.kind == "replay":
             task = draw.randrange(run.replay.n_tasks)
-            stored = run.replay.tensors()[case.place][task, : run.replay.size]
-            poison(stored, case.value, draw)
-        elif case.place in ("acting noise", "acting gumbel", "action"):
+            self.poison(run.replay.tensors()[case.place][task, : run.replay.size])
+        elif case.place.startswith("act"):
             self._spoil_acting()
         elif case.kind == "noise":
             self._spoil_update()
 
     def _spoil_acting(self) -> None:
-        case, draw, actor = self.case, self.draw, self.run._collector._actor
+        case, actor = self.case, self.run._collector._actor
         sample = actor.sample
 
         def spoiled(obs: Tensor, task: Tensor, noise: Tensor, choice: RouteChoice) -> Any:
             if case.place == "acting noise":
-                poison(noise, case.value, draw)
+                self.poison(noise)
             elif case.place == "acting gumbel":
                 assert choice.noise is not None
-                poison(choice.noise, case.value, draw)
+                self.poison(choice.noise)
             result = sample(obs, task, noise, choice)
             if case.place == "action":
-                poison(result.action, case.value, draw)
+                self.poison(result.action)
             return result
 
         actor.sample = spoiled  # type: ignore[method-assign]
 
     def _spoil_update(self) -> None:
-        update, case, draw = self.run.learner._one_update, self.case, self.draw
-        drawn = sac.draw
+        update, case = self.run.learner._one_update, self.case
+        drawn = learner.draw
 
-        def spoiled(*args: Any) -> sac.Draws:
+        def spoiled(*args: Any) -> Draws:
             draws = drawn(*args)
             where = {
                 "noise": draws.noise,
@@ -263,13 +272,13 @@ class Spoiled:
                 "critics' temperature": draws.critic_choice.temperature,
             }[case.place]
             assert where is not None
-            poison(where, case.value, draw)
+            self.poison(where)
             return draws
 
         def once() -> None:
-            with mock.patch.object(sac, "draw", spoiled):
+            with mock.patch.object(learner, "draw", spoiled):
                 update()
-            self.run.learner._one_update = update
+            self.run.learner._one_update = update  # type: ignore[assignment]
 
         self.run.learner._one_update = once  # type: ignore[assignment]
 
@@ -327,8 +336,7 @@ def try_run(case: Case, run_dir: Path, draw: random.Random) -> tuple[str, str]:
     try:
         with spoiling:
             run = Trainer(cfg, run_dir, show_progress=False)
-            # 4 calls of the warm-up, then 3 a chunk: take, learn, end. From the 7th on there are moments.
-            Spoiled(case, run, moment=draw.randrange(7, 28), stop=draw.random() < 0.5, draw=draw)
+            spoiled = Spoiled(case, run, draw)
             run.run()
     except FloatingPointError as error:
         message, files = str(error), checkpoint_files(run_dir)
@@ -339,8 +347,10 @@ def try_run(case: Case, run_dir: Path, draw: random.Random) -> tuple[str, str]:
             return "silent", f"not a clear message: {message!r}"
         return "told", message
     bad = saved_badly(run_dir) or first_not_finite({**run.learner.tensors(), **run.replay.tensors()})
-    if bad is not None or case.kind == "engine":
-        return "silent", f"the run ended, with {bad or 'a number of the simulation that was not found'}"
+    if bad is not None:
+        return "silent", f"the run ended, with {bad}"
+    if case.kind == "engine" or not spoiled.struck:
+        return "silent", "the number was not found, or never put there"
     return "harmless", "overwritten"
 
 
