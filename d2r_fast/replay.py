@@ -162,7 +162,7 @@ class Replay:
             raise RuntimeError("the replay is empty: collect before sampling")
         shape = (self.n_tasks, batch_size // self.n_tasks)
         share = torch.rand(shape, dtype=torch.float64, generator=generator, device=self.device)
-        return replay_rows(*self._store, share, self._size_there)
+        return ReplayRows(*replay_rows(*self._store, share, self._size_there))
 
     def tasks_of(self, batch_size: int) -> Tensor:
         """The task of every row of a batch [B] int64."""

@@ -17,7 +17,7 @@ from d2r_fast.network import GREEDY, RouteChoice
 from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops.optimiser_step import optimiser_step
 from d2r_fast.ops.replay_rows import ReplayRows
-from d2r_fast.ops.sac_losses import sac_losses
+from d2r_fast.ops.sac_losses import LossGradients, sac_losses
 from d2r_fast.ops.squashed_normal import squash, squash_backward
 from d2r_fast.policy import N_CRITICS, Agent
 from d2r_fast.sac import Draws
@@ -93,10 +93,11 @@ class Update:
         q = forward_pass(critics, acted, task, draws.critic_choice, needs="parameters")
         frozen_q = forward_pass(critics, now, task, GREEDY, needs="input")
         target_q = forward_pass(targets, after, task, GREEDY)
-        loss = sac_losses(
+        losses = sac_losses(
             *(q.out[..., 0], frozen_q.out[..., 0], target_q.out[..., 0], logp, next_logp, rows.reward, rows.terminal),
             *(agent.log_alpha, cfg.gamma, -float(agent.actor.action_size), cfg.max_task_loss, self._alpha_gradient),
         )
+        loss = LossGradients(*losses)
         d_action = frozen_q.to_input(loss.d_frozen_q[..., None])[:, n_obs:]  # [B,A]
         d_policy = squash_backward(d_action, loss.d_logp, policy.out[0], draws.noise, now[:, n_obs:])  # [B,2A]
         policy.to_parameters(d_policy[None], self._actor_gradients)

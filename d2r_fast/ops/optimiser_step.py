@@ -8,7 +8,7 @@ from torch import Tensor
 from d2r_fast.ops.contract import define
 
 
-def optimiser_step(
+def reference(
     values: Tensor,
     gradient: Tensor,
     first: Tensor,
@@ -41,30 +41,7 @@ def optimiser_step(
         g = gradient min(1, max_norm / (norm + 1e-6));  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
         value -= rate / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
     """
-    return _optimiser_step(
-        *(values, gradient, first, second, targets, step, log_alpha, route_temp, segments, targets_begin),
-        *(learning_rates, beta1, beta2, eps, max_norm, target_rate),
-    )
 
-
-def reference(
-    values: Tensor,
-    gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
-    targets: Tensor,
-    step: Tensor,
-    log_alpha: Tensor,
-    route_temp: Tensor,
-    segments: Tensor,
-    targets_begin: int,
-    learning_rates: Sequence[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    max_norm: float,
-    target_rate: float,
-) -> Tensor:
     def of_networks(buffer: Tensor) -> list[list[Tensor]]:
         own: list[list[Tensor]] = [[] for _ in learning_rates]
         for begin, end, network in segments.tolist():
@@ -92,7 +69,7 @@ def reference(
     return torch.stack(norms)
 
 
-_optimiser_step = define(
+optimiser_step = define(
     "optimiser_step(Tensor(a!) values, Tensor gradient, Tensor(b!) first, Tensor(c!) second, Tensor(d!) targets, "
     "Tensor(e!) step, Tensor(f!) log_alpha, Tensor(g!) route_temp, Tensor segments, int targets_begin, "
     "float[] learning_rates, float beta1, float beta2, float eps, float max_norm, float target_rate) -> Tensor",

@@ -24,24 +24,6 @@ class ReplayRows(NamedTuple):
     route: Tensor
 
 
-def replay_rows(
-    obs: Tensor,
-    action: Tensor,
-    reward: Tensor,
-    terminal: Tensor,
-    next_obs: Tensor,
-    route: Tensor,
-    share: Tensor,
-    size: Tensor,
-) -> ReplayRows:
-    """Stored fields [T,S,...], and for each row how far into its task's stored rows it lies.
-
-    share  [T,B/T] float64 in [0, 1)
-    size   []      int64, the rows of each task that are filled
-    """
-    return ReplayRows(*_replay_rows(obs, action, reward, terminal, next_obs, route, share, size))
-
-
 def reference(
     obs: Tensor,
     action: Tensor,
@@ -52,6 +34,11 @@ def reference(
     share: Tensor,
     size: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Stored fields [T,S,...], and for each row how far into its task's stored rows it lies.
+
+    share  [T,B/T] float64 in [0, 1)
+    size   []      int64, the rows of each task that are filled
+    """
     n_tasks, stored = reward.shape
     row = (share * size).long().minimum(size - 1)  # a product may round up to the size
     flat = (row + torch.arange(n_tasks, device=row.device)[:, None] * stored).flatten()  # [B]
@@ -70,7 +57,7 @@ def _shapes(obs: Tensor, action: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor,
     return x, obs.new_empty(n_rows), obs.new_empty(n_rows), route.new_empty(1, n_rows, *route.shape[2:])
 
 
-_replay_rows = define(
+replay_rows = define(
     "replay_rows(Tensor obs, Tensor action, Tensor reward, Tensor terminal, Tensor next_obs, Tensor route, "
     "Tensor share, Tensor size) -> (Tensor, Tensor, Tensor, Tensor)",
     reference,

@@ -9,7 +9,7 @@ from d2r_fast.ops.contract import define
 
 
 class LossGradients(NamedTuple):
-    """What `sac_losses` gives; the gradient of log alpha goes where it was told.
+    """What `sac_losses` returns, as a tuple; the gradient of log alpha goes where it was told.
 
     losses      [6,T] each task's loss of alpha, actor and (summed) critics; 1 where their sum was too large to count,
                 else 0; the policy's entropy; alpha
@@ -22,44 +22,6 @@ class LossGradients(NamedTuple):
     d_q: Tensor
     d_frozen_q: Tensor
     d_logp: Tensor
-
-
-def sac_losses(
-    q: Tensor,
-    frozen_q: Tensor,
-    target_q: Tensor,
-    logp: Tensor,
-    next_logp: Tensor,
-    reward: Tensor,
-    terminal: Tensor,
-    log_alpha: Tensor,
-    gamma: float,
-    target_entropy: float,
-    max_task_loss: float,
-    d_log_alpha: Tensor,
-) -> LossGradients:
-    """Every loss and its gradient; rows of a task stand together, B/T of each, tasks in order.
-
-    q, frozen_q, target_q   [E,B] values of {batch action; the actor's action at obs, critics constant; at next_obs,
-                            target critics}
-    logp, next_logp         [B]   of the actor's actions at obs and at next_obs
-    reward, terminal        [B]
-    log_alpha               [T]
-    d_log_alpha             [T]   is written: the gradient of log alpha
-
-        w = T softmax(-log alpha)
-        y = reward + gamma (1 - terminal) (min_e target_q - alpha next_logp)
-        L_alpha = -log alpha (mean logp + H),  H the target entropy
-        L_actor = mean w (alpha logp - min_e frozen_q)
-        L_critic_e = mean w (q_e - y)^2
-        L = 1/T sum of (L_alpha + L_actor + sum_e L_critic_e) over the tasks where that is at most max_task_loss
-    """
-    return LossGradients(
-        *_sac_losses(
-            *(q, frozen_q, target_q, logp, next_logp, reward, terminal, log_alpha),
-            *(gamma, target_entropy, max_task_loss, d_log_alpha),
-        )
-    )
 
 
 def reference(
@@ -76,6 +38,22 @@ def reference(
     max_task_loss: float,
     d_log_alpha: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every loss and its gradient; rows of a task stand together, B/T of each, tasks in order.
+
+    q, frozen_q, target_q   [E,B] values of {batch action; the actor's action at obs, critics constant; at next_obs,
+                            target critics}
+    logp, next_logp         [B]   of the actor's actions at obs and at next_obs
+    reward, terminal        [B]
+    log_alpha               [T]
+    d_log_alpha             [T]   is written: the gradient of log alpha
+
+        w = T softmax(-log alpha)
+        y = reward + gamma (1 - terminal) (min_e target_q - alpha next_logp)
+        L_alpha = -log alpha (mean logp + H),  H the target entropy
+        L_actor = mean w (alpha logp - min_e frozen_q)
+        L_critic_e = mean w (q_e - y)^2
+        L = 1/T sum of (L_alpha + L_actor + sum_e L_critic_e) over the tasks where that is at most max_task_loss
+    """
     n_tasks = len(log_alpha)
 
     def by_task(value: Tensor) -> Tensor:  # [...,B] -> [...,T,n]
@@ -107,7 +85,7 @@ def reference(
     )
 
 
-_sac_losses = define(
+sac_losses = define(
     "sac_losses(Tensor q, Tensor frozen_q, Tensor target_q, Tensor logp, Tensor next_logp, Tensor reward, "
     "Tensor terminal, Tensor log_alpha, float gamma, float target_entropy, float max_task_loss, "
     "Tensor(a!) d_log_alpha) -> (Tensor, Tensor, Tensor, Tensor)",
