@@ -97,5 +97,5 @@ setup(
     # The network and its operations need only these; everything that trains is in the extra.
     install_requires=["numpy>=1.26", "torch>=2.11"],
     extras_require={"train": TRAIN, "dev": TRAIN + DEV},
-    entry_points={"console_scripts": ["d2r = d2r_fast.__main__:main"]},
+    entry_points={"console_scripts": ["d2r = d2r_fast.cli:main"]},
 )

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from timing import Run, measure, print_table, write_report
 
-from d2r_fast.collector import Collector
 from d2r_fast.envs import MT10, MT50, MultiTaskEnvs, Step
+from d2r_fast.nets.agent import Agent
 from d2r_fast.ops.backends import availability
-from d2r_fast.policy import Agent
 from d2r_fast.presets import PRESETS
+from d2r_fast.training.collector import Collector
 
 SIZES = ((MT10, 1), (MT50, 1), (MT50, 16))  # tasks, environments a task
 COLUMNS = ["variant", "environments", "median_ms", "p10_ms", "p90_ms", "us_per_environment", "ratio_to_reference"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from d2r_fast.config import RunConfig
 from d2r_fast.config_json import load_config
-from d2r_fast.metrics import read_metrics
+from d2r_fast.training.metrics import read_metrics
 
 # What two runs that learn the same thing may differ in: who they are, what computes, and what is saved.
 FREE = {"name", "seed", "device", "deterministic", "cuda_graph", "overlap", "net.backend", "net.precision"}

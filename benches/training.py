@@ -25,8 +25,8 @@ from timing import Samples, print_table, write_report
 from d2r_fast.config import RunConfig
 from d2r_fast.envs.metaworld import usable_cores
 from d2r_fast.presets import PRESETS
-from d2r_fast.progress import Waits
-from d2r_fast.trainer import Trainer
+from d2r_fast.training.progress import Waits
+from d2r_fast.training.trainer import Trainer
 
 PRESET_OF_SUITE = {"mt10": "mt10-rand", "mt25": "mt25-rand", "mt50": "mt50-rand"}
 NEVER = 10**6

@@ -20,7 +20,7 @@ import torch
 from timing import print_table, synchronise, write_report
 from update_step import make_learner, preset_with
 
-from d2r_fast.learner import Learner
+from d2r_fast.learning.learner import Learner
 from d2r_fast.ops.backends import PRECISIONS, availability
 from d2r_fast.presets import PRESETS
 

@@ -20,12 +20,12 @@ from timing import Run, matmul, matmul_flop, measure, print_table, synchronise, 
 
 from d2r_fast.config import NetConfig, RunConfig
 from d2r_fast.envs import MultiTaskEnvs
-from d2r_fast.learner import Learner
+from d2r_fast.learning.learner import Learner
+from d2r_fast.learning.replay import Replay, Transitions
+from d2r_fast.nets.agent import N_CRITICS, Agent
 from d2r_fast.ops import count_active
 from d2r_fast.ops.backends import PRECISIONS, availability
-from d2r_fast.policy import N_CRITICS, Agent
 from d2r_fast.presets import PRESETS
-from d2r_fast.replay import Replay, Transitions
 
 ROWS_PER_TASK = 2000  # in the replay
 OBS, ACTIONS = MultiTaskEnvs.obs_size, MultiTaskEnvs.action_size

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from d2r_fast import Agent, NetConfig, RouteChoice, RoutedNetwork, SacConfig, load_published
+from d2r_fast.learning.sac import Batch, Draws, losses, make_optimiser, update
 from d2r_fast.learning.update import Update
 from d2r_fast.ops.backends import BACKENDS
 from d2r_fast.ops.replay_rows import ReplayRows
 from d2r_fast.ops.select_routes import Routes
-from d2r_fast.sac import Batch, Draws, losses, make_optimiser, update
 
 LIMIT = {"float64": 1e-9, "float32": 1e-4}
 Quantity = tuple[str, Tensor, Tensor]  # name, ours, recorded

@@ -7,7 +7,7 @@ import pytest
 from d2r_fast.config import RunConfig
 from d2r_fast.config_json import config_from_json, config_to_json, load_config
 from d2r_fast.envs import ALL_TASKS, MT10, MultiTaskEnvs
-from d2r_fast.policy import Actor
+from d2r_fast.nets.agent import Actor
 from d2r_fast.presets import PRESETS
 
 

@@ -47,10 +47,10 @@ tests() {
   if python3 -c 'import xdist' 2> /dev/null; then workers=(-n 8); fi # every shape is a kernel to compile
   # Each file in processes of its own: a kernel that faults takes the device with it.
   for file in test_gpu test_gpu_acting; do
-    step "$file" 100 15 python3 -m pytest -q -rf -p no:cacheprovider "tests/$file.py"
+    step "$file" 100 15 python3 -m pytest -q -rf -p no:cacheprovider "tests/gpu/$file.py"
   done
   step test_triton_kernels 180 15 \
-    python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/test_triton_kernels.py
+    python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/kernels/test_triton_kernels.py
   for check in "reference float64" "reference float32" "triton float32"; do
     read -r backend dtype <<< "$check"
     step "golden_${backend}_$dtype" 30 1 \
@@ -60,7 +60,7 @@ tests() {
     python3 benches/precision_error.py --device cuda --json "$results/precision_error_cuda.json"
   # On the CPU, for the sake of instruction sets that other machines lack.
   for file in test_routed_modules test_select_routes test_ensemble_linear test_routed_network; do
-    step "$file" 30 1 python3 -m pytest -q -p no:cacheprovider "${workers[@]}" "tests/$file.py"
+    step "$file" 30 1 python3 -m pytest -q -p no:cacheprovider "${workers[@]}" "tests/ops/$file.py"
   done
 }
 
@@ -92,7 +92,7 @@ sanitize() {
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
     step "$tool" 180 8 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      python3 -m pytest -q -x -p no:cacheprovider tests/test_triton_kernels.py -k "$some"
+      python3 -m pytest -q -x -p no:cacheprovider tests/kernels/test_triton_kernels.py -k "$some"
   done
   # The tests fill fresh memory, which would hide what this one looks for.
   step initcheck 80 8 compute-sanitizer --tool initcheck --error-exitcode 9 \

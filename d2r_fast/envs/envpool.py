@@ -25,7 +25,7 @@ from d2r_fast.envs.metaworld import (
     usable_cores,
 )
 from d2r_fast.envs.scenes import hammer_base_path
-from d2r_fast.memory import giving_back_memory
+from d2r_fast.host.memory import giving_back_memory
 
 
 class EnvPoolEnvs(MultiTaskEnvs):

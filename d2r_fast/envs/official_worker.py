@@ -170,7 +170,7 @@ def read_scene(path: str) -> Any:
 def lighten(env_class: type) -> Any:
     """`env_class` with its Python made faster where most of the time goes, and every number bitwise the same.
 
-    It must be the official simulation to the last bit: tests/test_official_envs.py compares all tasks.
+    It must be the official simulation to the last bit: tests/envs/test_official_envs.py compares all tasks.
     """
 
     class Light(env_class):

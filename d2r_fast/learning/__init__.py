@@ -1,1 +1,2 @@
-"""One update: what it changes, how it is made, and the replay that it draws from."""
+"""One update: its equations (`sac`) and how training makes it (`update`), what it changes, the replay that it draws
+from, and the learner that runs it."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from d2r_fast.policy import N_CRITICS, Agent
+from d2r_fast.nets.agent import N_CRITICS, Agent
 
 ALIGNMENT = 16  # numbers: every parameter begins at a multiple of 64 bytes in float32
 

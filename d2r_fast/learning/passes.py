@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from d2r_fast.network import RouteChoice, RoutedNetwork
+from d2r_fast.nets.d2r import RouteChoice, RoutedNetwork
 from d2r_fast.ops.cpp import routed_network as cpp
 
 

@@ -1,7 +1,7 @@
 """The update that training makes: the equations of `sac.py` in a few calls, with gradients by hand instead of autograd.
 
 Passes through the networks, and between them one call each for the batch's rows, the policy's actions, all losses with
-their gradients, and the step of everything that is trained. `tests/test_update.py` holds it against `sac.py`.
+their gradients, and the step of everything that is trained. `tests/learning/test_update.py` holds it against `sac.py`.
 """
 
 from typing import Any, NamedTuple
@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from d2r_fast.checkpoint import check_tensor, check_tensors, count, describe, field
 from d2r_fast.config import SacConfig
 from d2r_fast.learning.parameters import FlatParameters
 from d2r_fast.learning.passes import forward_pass
-from d2r_fast.network import GREEDY, RouteChoice
+from d2r_fast.learning.sac import Draws
+from d2r_fast.learning.saved_state import check_tensor, check_tensors, count, describe, field
+from d2r_fast.nets.agent import N_CRITICS, Agent
+from d2r_fast.nets.d2r import GREEDY, RouteChoice
 from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops.optimiser_step import optimiser_step
 from d2r_fast.ops.replay_rows import ReplayRows
 from d2r_fast.ops.sac_losses import LossGradients, sac_losses
 from d2r_fast.ops.squashed_normal import squash, squash_backward
-from d2r_fast.policy import N_CRITICS, Agent
-from d2r_fast.sac import Draws
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 from campaigns.commands import Counts, Outcome, d2r, metrics
 
-from d2r_fast.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from d2r_fast.config_json import config_to_json, read_config
+from d2r_fast.training.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 
 RUN = dataclasses.replace(tiny.RUN, deterministic=True, total_steps=40)
 STOPPED = 40  # of 60 steps: the newest checkpoint; metrics.jsonl goes on to 60, as after a kill

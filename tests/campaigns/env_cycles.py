@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 
 from d2r_fast.envs import MixedEnvs, MultiTaskEnvs, make_envs
-from d2r_fast.memory import keep_freed_memory
+from d2r_fast.host.memory import keep_freed_memory
 
 ENGINES = {"envpool": "reach,drawer-close", "official": "dial-turn", "mixed": "reach,dial-turn"}
 N, LENGTH = 2, 4

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 from campaigns.commands import Counts, Outcome, d2r, metrics
 
-from d2r_fast.checkpoint import checkpoint_files, load_checkpoint
 from d2r_fast.config_json import config_to_json
+from d2r_fast.training.checkpoint import checkpoint_files, load_checkpoint
 
 RUN = dataclasses.replace(tiny.RUN, deterministic=True, total_steps=40)
 SIZE = 16 * 2**20  # bytes of the disk

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 from campaigns.commands import PATIENCE, Command, Counts, d2r, metrics
 
-from d2r_fast.checkpoint import checkpoint_files, load_checkpoint
 from d2r_fast.config_json import config_to_json
+from d2r_fast.training.checkpoint import checkpoint_files, load_checkpoint
 
 RUN = dataclasses.replace(tiny.RUN, deterministic=True, total_steps=120, checkpoint_every_chunks=1)
 

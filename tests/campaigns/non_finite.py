@@ -43,17 +43,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
-from d2r_fast import evaluate, learner, trainer
-from d2r_fast.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from d2r_fast.cli import main as d2r
 from d2r_fast.config import EnvConfig, EvalConfig, RunConfig
 from d2r_fast.envs import EnvPoolEnvs, MixedEnvs, MultiTaskEnvs, make_envs
 from d2r_fast.envs.official import OfficialEnvs
 from d2r_fast.envs.official_worker import RESET, STEP
-from d2r_fast.finite import first_not_finite
-from d2r_fast.network import RouteChoice
-from d2r_fast.sac import Draws
-from d2r_fast.trainer import Trainer
+from d2r_fast.evaluation import play
+from d2r_fast.learning import learner
+from d2r_fast.learning.finite import first_not_finite
+from d2r_fast.learning.sac import Draws
+from d2r_fast.nets.d2r import RouteChoice
+from d2r_fast.training import trainer
+from d2r_fast.training.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
+from d2r_fast.training.trainer import Trainer
 
 VALUES = (np.nan, np.inf, -np.inf)
 ENGINES = {"envpool": "reach,drawer-close", "official": "dial-turn", "mixed": "reach,dial-turn"}
@@ -290,7 +292,7 @@ def spoiled_engine(case: Case, task: str, draw: random.Random) -> Iterator[None]
     _, where, field = case.place.split(", ")
     later = field == "first obs" and where == "training"
     given = Given(field, case.value, draw.randrange(1, 5) + (draw.randrange(15) if where == "training" else 0))
-    module, made = (trainer if where == "training" else evaluate), 0
+    module, made = (trainer if where == "training" else play), 0
 
     def make(*args: Any, **kwargs: Any) -> MultiTaskEnvs:
         nonlocal made

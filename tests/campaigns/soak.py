@@ -34,7 +34,7 @@ from scipy import stats
 
 from d2r_fast.config import RunConfig
 from d2r_fast.presets import PRESETS
-from d2r_fast.trainer import Trainer
+from d2r_fast.training.trainer import Trainer
 
 SPANS = 12
 

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 from campaigns.commands import PATIENCE, Command, Counts, d2r, metrics
 
-from d2r_fast.checkpoint import checkpoint_files
 from d2r_fast.config_json import config_to_json
+from d2r_fast.training.checkpoint import checkpoint_files
 
 RUN = dataclasses.replace(tiny.RUN, deterministic=True, total_steps=80)
 # What the one that leaves may say.

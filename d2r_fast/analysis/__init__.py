@@ -1,0 +1,1 @@
+"""What runs tell once they are made: pictures and tables from their metrics."""

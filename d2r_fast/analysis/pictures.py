@@ -1,0 +1,86 @@
+"""Pictures and tables of a run, from its metrics.jsonl alone."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; no display is needed or opened
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from d2r_fast.host.files import whole_file
+from d2r_fast.training.metrics import read_metrics
+
+
+def success_table(tasks: tuple[str, ...], success: list[float], episode_return: list[float], episodes: int) -> str:
+    """One line a task and the mean."""
+    width = max(len(task) for task in (*tasks, "mean"))
+    lines = [f"{'task':<{width}}  success  return   ({episodes} episodes a task)"]
+    for task, s, r in zip(tasks, success, episode_return, strict=True):
+        lines.append(f"{task:<{width}}  {s:7.2f}  {r:6.0f}")
+    lines.append(f"{'mean':<{width}}  {sum(success) / len(success):7.2f}  {sum(episode_return) / len(tasks):6.0f}")
+    return "\n".join(lines)
+
+
+def write_report(run_dir: Path, tasks: tuple[str, ...]) -> list[Path]:
+    """Draw `learning_curve.png` and `module_use.png` into the run directory; returns the files.
+
+    Without an evaluation so far there is nothing to draw, and the list is empty.
+    """
+    evals = read_metrics(run_dir, "eval")
+    if not evals:
+        return []
+    pictures = {
+        "learning_curve.png": _learning_curve(run_dir.name, tasks, evals),
+        "module_use.png": _module_use(run_dir.name, tasks, evals[-1]),
+    }
+    for name, figure in pictures.items():
+        with whole_file(run_dir / name) as file:
+            figure.savefig(file, format="png", dpi=120)
+        plt.close(figure)
+    return [run_dir / name for name in pictures]
+
+
+def _learning_curve(title: str, tasks: tuple[str, ...], evals: list[dict]) -> Figure:
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    steps = [record["steps"] / 1000 for record in evals]
+    colours = plt.get_cmap("tab10" if len(tasks) <= 10 else "nipy_spectral")
+    for i, task in enumerate(tasks):
+        colour = colours(i if len(tasks) <= 10 else i / len(tasks))
+        axes.plot(steps, [record["success"][i] for record in evals], "o-", ms=3, lw=1, label=task, color=colour)
+    axes.plot(steps, [record["mean_success"] for record in evals], "k-", lw=2.5, label="mean")
+    axes.set(
+        title=f"{title}: greedy evaluation, {evals[-1]['episodes']} episodes a task",
+        xlabel="environment steps a task (thousands)",
+        ylabel="success rate",
+        ylim=(-0.03, 1.03),
+    )
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, ncols=1 + len(tasks) // 26)
+    return figure
+
+
+def _module_use(title: str, tasks: tuple[str, ...], record: dict) -> Figure:
+    use = record["module_use"]  # [T][N]
+    n_modules = len(use[0])
+    height = 1.8 + 0.32 * len(tasks)
+    figure, axes = plt.subplots(figsize=(max(6.0, 2.5 + 0.5 * n_modules), height), layout="constrained")
+    image = axes.imshow(use, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    labels = [f"{task} ({sum(row):.1f})" for task, row in zip(tasks, use, strict=True)]
+    axes.set_yticks(range(len(tasks)), labels)
+    axes.set_xticks(range(n_modules))
+    axes.set(title=f"{title}\nshare of steps in which the actor runs a module", xlabel="module")
+    axes.set_ylabel("task (modules a step)")
+    for i, row in enumerate(use):
+        for j, share in enumerate(row):
+            axes.text(
+                j,
+                i,
+                f"{share:.2f}"[1:] if share < 0.995 else "1",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if share < 0.6 else "black",
+            )
+    figure.colorbar(image, ax=axes, fraction=0.03)
+    return figure

@@ -1,0 +1,1 @@
+"""`d2r`'s commands, one file each: `run(args)` does it and returns the exit status."""

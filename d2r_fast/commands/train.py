@@ -1,0 +1,114 @@
+"""`d2r train`: a run from a preset or a config.json, or one that goes on, and what is told at its end."""
+
+import dataclasses
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from d2r_fast.analysis.pictures import success_table, write_report
+from d2r_fast.commands.arguments import take_option
+from d2r_fast.config import RunConfig
+from d2r_fast.config_json import load_config, read_config
+from d2r_fast.envs import describe_engines
+from d2r_fast.presets import PRESETS
+from d2r_fast.training.checkpoint import checkpoint_files, find_checkpoint
+from d2r_fast.training.claim import Claim
+from d2r_fast.training.metrics import read_metrics
+from d2r_fast.training.saved_run import RESUMABLE_FIELDS, begun_without_checkpoint, notes_on_resume, read_saved_run
+from d2r_fast.training.trainer import Trainer
+
+# What a run directory may hold that a start left behind which was killed before there was a run.
+LEFT_BY_A_START = {"run_id", "config.json.tmp"}
+
+
+def run(args: list[str]) -> int:
+    """Train to the end or to a stop. ValueError, OSError: what was asked for cannot be had."""
+    wanted, args = take_option(args, "--resume")
+    if wanted is not None:
+        return _to_the_end(_resume(wanted, args))
+    if not args or args[0].startswith("-"):
+        raise ValueError(f"expected a preset ({', '.join(PRESETS)}), a config.json or --resume RUN first")
+    run_dir, overrides = take_option(args[1:], "--run-dir")
+    cfg = tyro.cli(RunConfig, prog=f"d2r train {args[0]}", default=load_config(args[0]), args=overrides)
+    if run_dir is None:
+        run_dir = Path("runs") / f"{cfg.name}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if run_dir.exists() and (not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} - LEFT_BY_A_START):
+        raise FileExistsError(f"--run-dir: {run_dir} exists and is not empty; to go on from it: --resume {run_dir}")
+    return _to_the_end(Trainer(cfg, run_dir))
+
+
+def _resume(wanted: Path, args: list[str]) -> Trainer:
+    """A run that goes on from a run directory's newest good checkpoint, or from the checkpoint file `wanted`."""
+    run_dir = wanted.parent.parent if wanted.is_file() else wanted
+    if wanted.is_file() and wanted not in checkpoint_files(run_dir):
+        raise ValueError(f"--resume: expected a run directory or a checkpoint in one, got {wanted}")
+    never_saved = wanted == run_dir and begun_without_checkpoint(run_dir)
+    if not never_saved:
+        find_checkpoint(wanted)  # no claim on a directory that is none of a run
+    claim = Claim(run_dir)
+    try:
+        if never_saved:
+            saved, state = read_config(run_dir / "config.json"), None
+            notes = [f"{run_dir}: stopped before its first checkpoint; training begins again"]
+        else:
+            found = read_saved_run(wanted)
+            saved, state, notes = found.cfg, found.state, notes_on_resume(found, run_dir)
+        cfg = tyro.cli(RunConfig, prog=f"d2r train --resume {wanted}", default=saved, args=args)
+        for field in dataclasses.fields(RunConfig):
+            before, after = getattr(saved, field.name), getattr(cfg, field.name)
+            if before != after and field.name not in RESUMABLE_FIELDS:
+                raise ValueError(
+                    f"--resume: {field.name} cannot change, the saved run has {before}; a resumed run may change "
+                    f"{', '.join(sorted(RESUMABLE_FIELDS))}"
+                )
+        trainer = Trainer(cfg, run_dir, resume=state, claim=claim)
+    except BaseException:
+        claim.release()
+        raise
+    for note in notes:
+        tqdm.write(f"d2r train: {note}", file=sys.stderr)  # the bar is there already
+    return trainer
+
+
+def _to_the_end(trainer: Trainer) -> int:
+    cfg, run_dir = trainer.cfg, trainer.run_dir
+    sizes = {name: sum(p.numel() for p in getattr(trainer.agent, name).parameters()) for name in ("actor", "critics")}
+    print(f"run        {run_dir}")
+    print(f"device     {trainer.device} ({torch.get_num_threads()} threads), torch {torch.__version__}")
+    env = cfg.env
+    print(f"tasks      {', '.join(trainer.tasks)}; {env.envs_per_task} environments each")
+    print(f"engines    {describe_engines(trainer.tasks, env.engine, env.goals)}")
+    print(f"parameters actor {sizes['actor']:,}, both critics {sizes['critics']:,}")
+    print(
+        f"replay     {cfg.replay_capacity:,} transitions, {trainer.replay.n_bytes / 2**20:,.0f} MiB on {trainer.device}"
+    )
+    begin = time.perf_counter()
+    finished = trainer.run()
+    seconds = time.perf_counter() - begin
+
+    evals = read_metrics(run_dir, "eval")
+    pictures = write_report(run_dir, trainer.tasks)
+    if evals:
+        last = evals[-1]
+        print(f"\nevaluation after {last['steps']:,} steps a task and {last['updates']:,} updates:")
+        print(success_table(trainer.tasks, last["success"], last["episode_return"], last["episodes"]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts it in KiB
+    print(f"\n{'finished' if finished else 'stopped'} after {seconds / 60:.1f} minutes in this session")
+    if trainer.idle is not None:
+        print(f"idle       {trainer.idle} (waiting for the other, since the warm-up)")
+    on_gpu = ""
+    if trainer.device.type == "cuda":  # all that torch took from the driver, captured graphs' memory included
+        on_gpu = f", {torch.cuda.max_memory_reserved(trainer.device) / 2**20:,.0f} MiB on the GPU"
+    print(f"memory     {peak:,.0f} MiB at the peak{on_gpu}")
+    print(f"checkpoint {find_checkpoint(run_dir)}")
+    print(f"metrics    {run_dir / 'metrics.jsonl'}, TensorBoard: {run_dir / 'tensorboard'}")
+    for picture in pictures:
+        print(f"picture    {picture}")
+    if not finished:
+        print(f"to go on   d2r train --resume {run_dir}")
+    return 0

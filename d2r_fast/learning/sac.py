@@ -1,0 +1,150 @@
+"""The multi-task SAC update with automatic route balancing: the paper's equations, top to bottom."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from d2r_fast.config import SacConfig
+from d2r_fast.nets.agent import N_CRITICS, Agent
+from d2r_fast.nets.d2r import RouteChoice
+from d2r_fast.ops.gumbel import gumbel
+
+
+class Batch(NamedTuple):
+    """B rows, B/T of every task; rows of a task stand together, tasks in order."""
+
+    obs: Tensor  # [B,O]
+    action: Tensor  # [B,A]
+    reward: Tensor  # [B], scaled
+    terminal: Tensor  # [B], 1 where no value follows
+    next_obs: Tensor  # [B,O]
+    task: Tensor  # [B] int64
+    route: Tensor  # [B,N,K] integer: the sources the actor's routes kept when the row was collected
+
+
+class Draws(NamedTuple):
+    """The random numbers of one update, drawn outside so that an update is a function of its inputs."""
+
+    noise: Tensor  # [B,A] standard normal, for the action at obs
+    next_noise: Tensor  # [B,A] standard normal, for the action at next_obs
+    critic_choice: RouteChoice  # how the critics choose routes in their loss: sampled
+
+
+class Losses(NamedTuple):
+    """Loss terms, one number a task [T]; critic [E,T]; total is their sum over the critics."""
+
+    alpha: Tensor
+    actor: Tensor
+    critic: Tensor
+    total: Tensor
+    logp: Tensor  # mean log probability of the actions at obs, no gradient
+
+
+def task_weight(log_alpha: Tensor) -> Tensor:
+    """T softmax(-log alpha) [T]: the weight of a task's losses, and its route temperature. No gradient."""
+    return log_alpha.numel() * torch.softmax(-log_alpha.detach(), 0)
+
+
+def draw(agent: Agent, batch: Batch, generator: torch.Generator) -> Draws:
+    """Fresh random numbers for `update`; `generator` lives on the agent's device."""
+    rows, n_logits = len(batch.obs), agent.critics.net.cfg.n_logits
+    noise = torch.randn(2, rows, agent.actor.action_size, generator=generator, device=batch.obs.device)
+    gumbel_noise = gumbel((N_CRITICS, rows, n_logits), batch.obs, generator)
+    return Draws(noise[0], noise[1], RouteChoice.sampled(agent.route_temp[batch.task], gumbel_noise))
+
+
+def losses(agent: Agent, batch: Batch, draws: Draws, cfg: SacConfig) -> Losses:
+    """Every loss term of every task, from the parameters as they are."""
+    n_tasks, n_actions = agent.n_tasks, batch.action.shape[1]
+    target_entropy = -float(n_actions)
+    obs, task = batch.obs, batch.task
+    alpha = agent.log_alpha.detach().exp()[task]  # [B]
+    weight = task_weight(agent.log_alpha)[task]  # [B]
+
+    def task_mean(value: Tensor) -> Tensor:  # [...,B] -> [...,T]
+        return value.view(*value.shape[:-1], n_tasks, -1).mean(-1)
+
+    # The actor learns along the routes that it acted on.
+    now = agent.actor.sample(obs, task, draws.noise, RouteChoice.given(batch.route[None]))
+    alpha_loss = -agent.log_alpha * (task_mean(now.logp.detach()) + target_entropy)  # [T]
+
+    # Constant parameters: the actor's loss must reach the action through the critics, not the critics. They stay in
+    # training mode, so ResRouting masks this gradient too.
+    constant = {name: p.detach() for name, p in agent.critics.named_parameters()}
+    q_now = functional_call(agent.critics, constant, (obs, now.action, task)).amin(0)  # [B]
+    actor_loss = task_mean(weight * (alpha * now.logp - q_now))  # [T]
+
+    with torch.no_grad():
+        after = agent.actor.sample(batch.next_obs, task, draws.next_noise)
+        next_q = agent.target_critics(batch.next_obs, after.action, task).amin(0)  # [B]
+        target = batch.reward + cfg.gamma * (1 - batch.terminal) * (next_q - alpha * after.logp)  # [B]
+    q = agent.critics(obs, batch.action, task, draws.critic_choice)  # [E,B]
+    critic_loss = task_mean(weight * (q - target).square())  # [E,T]
+
+    total = alpha_loss + actor_loss + critic_loss.sum(0)  # [T]
+    return Losses(alpha_loss, actor_loss, critic_loss, total, task_mean(now.logp.detach()))
+
+
+def clip_grad_norm(parameters: list[Tensor], max_norm: float, n_nets: int) -> Tensor:
+    """Scale the gradients of each of E networks, in place, to norm `max_norm` at most; returns the norms before [E].
+
+    Axis 0 of every parameter is the network; n_nets=1 takes each whole.
+    """
+    # One list a network, each one call over all of its parameters.
+    grads = [[p.grad[e] if n_nets > 1 else p.grad for p in parameters if p.grad is not None] for e in range(n_nets)]
+    norm = torch.stack([torch.stack(torch._foreach_norm(of_net)).norm() for of_net in grads])  # [E]
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for e, of_net in enumerate(grads):
+        torch._foreach_mul_(of_net, scale[e])
+    return norm
+
+
+def make_optimiser(agent: Agent, cfg: SacConfig) -> torch.optim.Adam:
+    """One Adam over three groups: actor, critics, log alpha. Adam is element-wise, so this is one Adam a network."""
+    groups = [
+        {"params": list(agent.actor.parameters()), "lr": cfg.actor_lr},
+        {"params": list(agent.critics.parameters()), "lr": cfg.critic_lr},
+        {"params": [agent.log_alpha], "lr": cfg.alpha_lr},
+    ]
+    # Capturable: its step count lives on the GPU, where a captured update can raise it.
+    on_gpu = agent.log_alpha.is_cuda
+    return torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_gpu)
+
+
+def update(
+    agent: Agent, optimiser: torch.optim.Optimizer, batch: Batch, draws: Draws, cfg: SacConfig
+) -> dict[str, Tensor]:
+    """One update of actor, critics, log alpha, targets and route temperatures, in place.
+
+    Every loss sees the parameters from before the step. Returns detached metrics on the device, [T] each, but for the
+    gradient norms: [] of the actor and of log alpha, [E] of the critics.
+    """
+    loss = losses(agent, batch, draws, cfg)
+    kept = loss.total.detach() <= cfg.max_task_loss  # [T]; the mean still divides by T
+    optimiser.zero_grad(set_to_none=True)
+    torch.where(kept, loss.total, 0).mean().backward()
+
+    actor_norm = clip_grad_norm(list(agent.actor.parameters()), cfg.max_grad_norm, 1)[0]
+    critic_norm = clip_grad_norm(list(agent.critics.parameters()), cfg.max_grad_norm, N_CRITICS)
+    alpha_norm = clip_grad_norm([agent.log_alpha], cfg.max_grad_norm, 1)[0]
+    optimiser.step()
+
+    with torch.no_grad():
+        agent.log_alpha.clamp_(max=0)
+        agent.route_temp.copy_(task_weight(agent.log_alpha))
+        online: list[Tensor] = list(agent.critics.parameters())
+        target: list[Tensor] = list(agent.target_critics.parameters())
+        torch._foreach_lerp_(target, online, cfg.target_rate)
+    return {
+        "loss/alpha": loss.alpha.detach(),
+        "loss/actor": loss.actor.detach(),
+        "loss/critic": loss.critic.detach().sum(0),
+        "loss/left_out": (~kept).float(),
+        "policy/entropy": -loss.logp,
+        "policy/alpha": agent.log_alpha.detach().exp(),
+        "grad_norm/actor": actor_norm,
+        "grad_norm/critic": critic_norm,
+        "grad_norm/alpha": alpha_norm,
+    }

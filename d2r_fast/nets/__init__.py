@@ -1,0 +1,1 @@
+"""Networks, and the actor, critics and agent around them."""

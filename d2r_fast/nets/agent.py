@@ -1,0 +1,84 @@
+"""Actor and critics around the routed network, and the agent that holds everything an update changes."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from d2r_fast.config import NetConfig
+from d2r_fast.nets.d2r import GREEDY, RouteChoice, RoutedNetwork
+from d2r_fast.ops import Routes
+
+LOG_STD_RANGE = (-20.0, 2.0)
+N_CRITICS = 2  # E of the critic ensemble: SAC's pair
+
+
+class Sample(NamedTuple):
+    """An action drawn from the policy: action [B,A] in (-1,1), its log probability [B], the routes it took (E=1)."""
+
+    action: Tensor
+    logp: Tensor
+    routes: Routes
+
+
+class Actor(nn.Module):
+    """A tanh-squashed normal policy for T tasks."""
+
+    def __init__(self, obs_size: int, action_size: int, n_tasks: int, cfg: NetConfig):
+        super().__init__()
+        self.action_size = action_size
+        self.net = RoutedNetwork(obs_size, 2 * action_size, n_tasks, 1, cfg)
+
+    def forward(self, obs: Tensor, task: Tensor, choice: RouteChoice = GREEDY) -> tuple[Tensor, Tensor, Routes]:
+        """obs [B,O], task [B] integer -> mean [B,A] before the tanh, log std [B,A] within [-20, 2], routes (E=1)."""
+        out, routes = self.net(obs, task, choice)
+        mean, log_std = out[0].chunk(2, dim=-1)
+        return mean, log_std.clamp(*LOG_STD_RANGE), routes
+
+    def sample(self, obs: Tensor, task: Tensor, noise: Tensor, choice: RouteChoice = GREEDY) -> Sample:
+        """Draw with standard normal noise [B,A]; differentiable in the parameters (reparametrised)."""
+        mean, log_std, routes = self(obs, task, choice)
+        action = torch.tanh(mean + log_std.exp() * noise)
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        logp = (log_normal - torch.log(1 - action.square() + 1e-6)).sum(-1)
+        return Sample(action, logp, routes)
+
+    def act_greedily(self, obs: Tensor, task: Tensor) -> tuple[Tensor, Routes]:
+        """The mean action [B,A] along greedy routes, as in evaluation."""
+        mean, _, routes = self(obs, task)
+        return mean.tanh(), routes
+
+
+class Critics(nn.Module):
+    """The E=2 critics as one ensemble."""
+
+    def __init__(self, obs_size: int, action_size: int, n_tasks: int, cfg: NetConfig):
+        super().__init__()
+        self.net = RoutedNetwork(obs_size + action_size, 1, n_tasks, N_CRITICS, cfg)
+
+    def forward(self, obs: Tensor, action: Tensor, task: Tensor, choice: RouteChoice = GREEDY) -> Tensor:
+        """obs [B,O], action [B,A], task [B] integer -> q [E,B]."""
+        out, _ = self.net(torch.cat([obs, action], -1), task, choice)
+        return out[..., 0]
+
+
+class Agent(nn.Module):
+    """Everything an update changes, but for the optimiser's moments. `state_dict()` is a checkpoint of it.
+
+    log_alpha  [T] parameter  log of each task's entropy coefficient, at most 0
+    route_temp [T] buffer     each task's route temperature, T softmax(-log alpha) once an update has been made
+    """
+
+    log_alpha: nn.Parameter
+    route_temp: Tensor
+
+    def __init__(self, obs_size: int, action_size: int, n_tasks: int, cfg: NetConfig, init_alpha: float = 1.0):
+        super().__init__()
+        self.n_tasks = n_tasks
+        self.actor = Actor(obs_size, action_size, n_tasks, cfg)
+        self.critics = Critics(obs_size, action_size, n_tasks, cfg)
+        self.target_critics = Critics(obs_size, action_size, n_tasks, cfg).requires_grad_(False)
+        self.target_critics.load_state_dict(self.critics.state_dict())
+        self.log_alpha = nn.Parameter(torch.full((n_tasks,), math.log(init_alpha)))
+        self.register_buffer("route_temp", torch.ones(n_tasks))

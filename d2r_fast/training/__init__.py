@@ -1,0 +1,1 @@
+"""A run in a directory: collecting, the loop of chunks and updates, checkpoints, metrics, progress."""
