@@ -8,8 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_routed_modules import largest, make_case, run
-from test_select_routes import random_index, random_logits
+from route_cases import largest, make_case, random_index, random_logits, run
 
 from d2r_fast import routed_modules, select_routes, unpack_active
 from d2r_fast.ops.gumbel import gumbel

@@ -12,6 +12,7 @@ import torch
 from conftest import cpp_backends
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from route_cases import largest, make_case, run
 
 import d2r_fast
 from d2r_fast import Routes, make_routes, select_routes, unpack_active
@@ -21,8 +22,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # Instruction sets share their source, so what does not touch its arithmetic is tested on the fastest alone.
 on_every_backend = pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
 on_every_instruction_set = pytest.mark.parametrize("backend", cpp_backends(), indirect=True)
-
-GRADS = ("h0", "weight", "bias", "gate")
 
 
 def autograd_modules(h0, weight, bias, routes, residual=True):
@@ -46,36 +45,6 @@ def autograd_modules(h0, weight, bias, routes, residual=True):
             full.append(relu + x_residual)
             masked.append(relu.detach() + x_residual)
     return torch.stack(mixed)
-
-
-def make_case(e, b, n, k, d, flow="random", dtype=torch.float64):
-    """Inputs of the operation: h0, weight, bias, routes. Gates are any weights, as the contract allows."""
-    used = torch.arange(k) < torch.arange(1, n + 1)[:, None]
-    index = torch.zeros(e, b, n, k, dtype=torch.int32)
-    for i in range(1, n + 1):
-        kept = min(k, i)
-        index[:, :, i - 1, :kept] = torch.rand(e, b, i).argsort(-1)[..., :kept].int()
-    gate = torch.where(used, torch.randn(e, b, n, k, dtype=dtype) / k**0.5, 0)
-    flow_of = {"all": torch.ones(e, b, n, k), "none": torch.zeros(e, b, n, k), "random": torch.rand(e, b, n, k) > 0.5}
-    h0 = torch.randn(e, b, d, dtype=dtype).relu()
-    weight = torch.randn(e, n - 1, d, d, dtype=dtype) / d**0.5
-    bias = torch.randn(e, n - 1, d, dtype=dtype) * 0.3
-    return h0, weight, bias, make_routes(index, gate, flow_of[flow].bool())
-
-
-def run(op, case, cotangent, residual=True, dtype=None, needs=GRADS, retain=False):
-    """Output and gradients of `op`, by name; the inputs in `dtype` and fresh as leaves."""
-    h0, weight, bias, routes = case
-    leaves = {"h0": h0, "weight": weight, "bias": bias, "gate": routes.gate}
-    leaves = {name: v.detach().to(dtype or v.dtype).requires_grad_(name in needs) for name, v in leaves.items()}
-    out = op(leaves["h0"], leaves["weight"], leaves["bias"], routes._replace(gate=leaves["gate"]), residual)
-    out.backward(cotangent.to(out.dtype), retain_graph=retain)
-    grads = {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in leaves.items() if name in needs}
-    return {"out": out.detach()} | grads
-
-
-def largest(value):
-    return value.abs().max().item() if value.numel() else 0.0
 
 
 def assert_close_to(ours, expected, tolerance=1e-11):

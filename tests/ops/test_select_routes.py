@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import cpp_backends
+from route_cases import n_logits, random_index, random_logits
 
 import d2r_fast
 from d2r_fast import count_active, unpack_active
@@ -36,23 +37,6 @@ on_every_instruction_set = pytest.mark.parametrize("backend", ["reference", *cpp
 def select_routes(backend):
     """The operation on the backend of the test's parameter."""
     return partial(d2r_fast.select_routes, backend=backend)
-
-
-def n_logits(n):
-    return n * (n + 1) // 2
-
-
-def random_logits(e, b, n, dtype=torch.float64):
-    return 2 * torch.randn(e, b, n_logits(n), dtype=dtype)
-
-
-def random_index(e, b, n, k):
-    """Distinct sources below i in the used slots of route i, 99 in the others."""
-    index = torch.full((e, b, n, k), 99)
-    for i in range(1, n + 1):
-        kept = min(k, i)
-        index[:, :, i - 1, :kept] = torch.rand(e, b, i).argsort(-1)[..., :kept]
-    return index
 
 
 def slow_routes(logits, k, choose):
