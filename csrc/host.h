@@ -1,5 +1,8 @@
-// What the operations share on the host's side: checks of tensors, and the kernels of the instruction set in use.
+// What the operations share on the host's side: checks of tensors, their memory, and the kernels of the instruction set in
+// use. Schemas are in d2r_fast/ops, whose public functions check what is cheap to check there; here is checked what would
+// read or write out of bounds. Each operation allocates what it returns and is registered at the end of its file.
 #pragma once
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -11,6 +14,7 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "kernels.h"
 
@@ -39,8 +43,10 @@ void check(bool condition, const Parts&... parts) {
   if (!condition) refuse(parts...);
 }
 
+// Of the instruction set in use, for products in `precision` (d2r_fast/ops/backends.py).
 template <typename T>
-const Kernels<T>& kernels(bool bf16) {
+const Kernels<T>& kernels(const std::string& precision = "float32") {
+  const bool bf16 = precision == "bf16";
   if constexpr (std::is_same_v<T, double>) {
     check(!bf16, "precision: expected float32 tensors for bf16 products, got float64");
     return isa().kernels->float64;
@@ -88,6 +94,34 @@ T* data(const Tensor& tensor) {
 template <typename T>
 const T* const_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// The tensor itself, or a copy that has the dtype and lies in one piece: so the kernels read every input.
+inline Tensor readable(const Tensor& tensor, ScalarType dtype) {
+  Tensor read = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+  return read.is_contiguous() ? read : torch::stable::contiguous(read);
+}
+inline Tensor readable(const Tensor& tensor) { return readable(tensor, tensor.scalar_type()); }
+inline std::optional<Tensor> readable(const std::optional<Tensor>& tensor, ScalarType dtype) {
+  return tensor ? std::optional(readable(*tensor, dtype)) : std::nullopt;
+}
+
+// A new tensor that holds anything; one that nobody wants is empty. Past torch::stable::new_empty, which looks torch's
+// operation up by its name in every call.
+inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape, bool wanted = true,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  if (!wanted) return fresh(like, {0}, true, dtype);
+  auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype.value_or(like.scalar_type())));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.begin(), static_cast<int64_t>(shape.size()), &code,
+                                                   nullptr, nullptr, 0, nullptr, &handle));
+  return Tensor(handle);
+}
+
+// Of rows that all networks read alike: [E,B,in] -> [B,in].
+inline Tensor sum_over_nets(const Tensor& gradient) {
+  const int64_t axis = 0;
+  return torch::stable::sum(gradient, torch::headeronly::IntHeaderOnlyArrayRef(&axis, 1));
 }
 
 template <typename Body>

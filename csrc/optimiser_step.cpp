@@ -2,7 +2,7 @@
 #include <cmath>
 #include <vector>
 
-#include "operations.h"
+#include "host.h"
 #include "parallel.h"
 
 namespace d2r_fast {
@@ -21,8 +21,6 @@ std::vector<Piece> split_segments(const int64_t* segments, int64_t n_segments) {
       pieces.push_back({at, std::min(kPiece, segments[1] - at), segments[2]});
   return pieces;
 }
-
-}  // namespace
 
 Tensor optimiser_step(Tensor values, Tensor gradient, Tensor first, Tensor second, Tensor targets, Tensor step,
                       Tensor log_alpha, Tensor route_temp, Tensor segments, int64_t targets_begin,
@@ -53,7 +51,7 @@ Tensor optimiser_step(Tensor values, Tensor gradient, Tensor first, Tensor secon
   const std::vector<Piece> pieces = split_segments(table, n_segments);
   with_dtype(values, [&](auto zero) {
     using T = decltype(zero);
-    const Kernels<T>& kernel = kernels<T>(false);
+    const Kernels<T>& kernel = kernels<T>();
     std::vector<double> squares(pieces.size()), sums(n_networks, 0.0);
     for_each_block(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
       squares[i] = kernel.squared_norm(const_data<T>(gradient) + pieces[i].begin, pieces[i].n);
@@ -88,4 +86,9 @@ Tensor optimiser_step(Tensor values, Tensor gradient, Tensor first, Tensor secon
   return norms;
 }
 
+STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {
+  m.impl("optimiser_step", TORCH_BOX(&optimiser_step));
+}
+
+}  // namespace
 }  // namespace d2r_fast

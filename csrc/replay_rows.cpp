@@ -2,10 +2,11 @@
 #include <cstring>
 #include <tuple>
 
-#include "operations.h"
+#include "host.h"
 #include "parallel.h"
 
 namespace d2r_fast {
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> replay_rows(Tensor obs, Tensor action, Tensor reward, Tensor terminal,
                                                        Tensor next_obs, Tensor route, Tensor share, Tensor size) {
@@ -51,4 +52,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> replay_rows(Tensor obs, Tensor action
   return {rows, rewards, terminals, given};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {
+  m.impl("replay_rows", TORCH_BOX(&replay_rows));
+}
+
+}  // namespace
 }  // namespace d2r_fast

@@ -1,4 +1,4 @@
-// Routes that come from outside: what the kernels rely on is looked at once, where they enter.
+// Routes that come from outside: what the kernels rely on is looked once, where they enter.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -6,6 +6,19 @@
 #include "host.h"
 
 namespace d2r_fast {
+
+// What an operation returns of `Routes`, in this order.
+struct ChosenRoutes {
+  Tensor gate, index, flow, active;
+};
+
+inline ChosenRoutes fresh_routes(const Sizes& s, const Tensor& like) {
+  const auto of_slots = [&](ScalarType dtype) {
+    return fresh(like, {s.n_nets, s.n_rows, s.n_modules, s.n_kept}, true, dtype);
+  };
+  return {of_slots(like.scalar_type()), of_slots(ScalarType::Int), of_slots(ScalarType::Bool),
+          fresh(like, {s.n_nets, s.n_rows}, true, ScalarType::Int)};
+}
 
 // The first slot of a row's routes that no route may have, or -1: route i (1..N) reads min(K, i) modules, all below i, none
 // twice. Slots past those are not looked at.
@@ -43,11 +56,10 @@ class GivenRoutes {
   GivenRoutes(const std::optional<Tensor>& given, const Sizes& s, int32_t* index) : size_(s), index_(index) {
     if (!given) return;
     check_shape("index", *given, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
-    check(given->is_contiguous(), "index: expected a contiguous tensor");
-    from_ = given->const_data_ptr();
     dtype_ = given->scalar_type();
-    check(dtype_ == ScalarType::Byte || dtype_ == ScalarType::Int || dtype_ == ScalarType::Long,
-          "index: expected uint8, int32 or int64, got ", torch::headeronly::toString(dtype_));
+    if (dtype_ != ScalarType::Byte && dtype_ != ScalarType::Int) dtype_ = ScalarType::Long;  // rare ones are converted
+    given_ = readable(given, dtype_);
+    from_ = given_->const_data_ptr();
   }
 
   bool any() const { return from_ != nullptr; }
@@ -86,6 +98,7 @@ class GivenRoutes {
  private:
   Sizes size_;
   int32_t* index_;
+  std::optional<Tensor> given_;
   const void* from_ = nullptr;
   ScalarType dtype_ = ScalarType::Int;
   std::atomic<bool> has_illegal_ = false;

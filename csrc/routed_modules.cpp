@@ -1,11 +1,12 @@
 // The routed modules on the CPU: host side of routed_modules_cpu.h.
+#include <tuple>
 #include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "operations.h"
+#include "host.h"
 #include "parallel.h"
 #include "route_checks.h"
 
@@ -48,26 +49,26 @@ void check_inputs(const Sizes& s, ScalarType real, const Tensor& weight, const T
   check_tensor("routes.active", active, ScalarType::Int, {s.n_nets, s.n_rows});
 }
 
-void check_kept(const Sizes& s, ScalarType real, const Tensor& h, const Tensor& opened) {
-  check_tensor("h", h, real, {s.n_nets, s.n_modules, s.n_rows, s.width});
-  check_tensor("opened", opened, ScalarType::Bool, {s.n_nets, s.n_modules, s.n_rows, s.width});
-}
-
-}  // namespace
-
-void routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor gate, Tensor active, bool residual, bool bf16,
-                    bool keep, Tensor mixed, Tensor h, Tensor opened) {
+// mixed, and for backward, if `keep`, h and opened. Both have room for E*N*B lines of D numbers, but only those of active
+// modules are stored, row by row from the start: memory past the last is never touched, and where the system hands out pages
+// on demand it is never taken.
+std::tuple<Tensor, Tensor, Tensor> routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor gate,
+                                                  Tensor /*flow*/, Tensor active, bool residual, std::string precision,
+                                                  bool keep) {
+  h0 = readable(h0), weight = readable(weight), bias = readable(bias);
+  index = readable(index), gate = readable(gate), active = readable(active);
   const Sizes s = sizes_of(h0, index, residual);
   const ScalarType real = h0.scalar_type();
   check_tensor("h0", h0, real, {s.n_nets, s.n_rows, s.width});
   check_inputs(s, real, weight, index, gate, active);
   check_tensor("bias", bias, real, {s.n_nets, s.n_modules - 1, s.width});
-  check_tensor("mixed", mixed, real, {s.n_nets, s.n_rows, s.width});
-  if (keep) check_kept(s, real, h, opened);
+  Tensor mixed = fresh(h0, {s.n_nets, s.n_rows, s.width});
+  Tensor h = fresh(h0, {s.n_nets, s.n_modules, s.n_rows, s.width}, keep);
+  Tensor opened = fresh(h0, {s.n_nets, s.n_modules, s.n_rows, s.width}, keep, ScalarType::Bool);
   std::atomic<bool> all_fit = true;
   with_dtype(h0, [&](auto zero) {
     using T = decltype(zero);
-    const Kernels<T>& kernel = kernels<T>(bf16);
+    const Kernels<T>& kernel = kernels<T>(precision);
     const auto begin = keep ? begin_lines(s, const_data<int32_t>(active)) : std::vector<int64_t>();
     if (keep) prefer_large_pages(h, begin.back() * s.width * sizeof(T));
     if (keep) prefer_large_pages(opened, begin.back() * s.width * sizeof(bool));
@@ -93,25 +94,29 @@ void routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor 
     });
   });
   if (!all_fit) require_active(const_data<int32_t>(index), const_data<int32_t>(active), s);
+  return {mixed, h, opened};
 }
 
-// The routes are those that a forward pass has checked.
-void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor gate, Tensor flow, Tensor active, Tensor h,
-                             Tensor opened, bool residual, bool bf16, bool to_weight, Tensor d_h0, Tensor d_weight,
-                             Tensor d_bias, Tensor d_gate) {
+// The routes are those that a forward pass has checked. d_weight and d_bias come empty unless `to_weight`.
+std::tuple<Tensor, Tensor, Tensor, Tensor> routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor h, Tensor opened,
+                                                                   Tensor index, Tensor gate, Tensor flow, Tensor active,
+                                                                   bool residual, std::string precision, bool to_weight) {
+  d_mixed = readable(d_mixed), weight = readable(weight), h = readable(h), opened = readable(opened);
+  index = readable(index), gate = readable(gate), flow = readable(flow), active = readable(active);
   const Sizes s = sizes_of(d_mixed, index, residual);
   const ScalarType real = d_mixed.scalar_type();
   check_tensor("d_mixed", d_mixed, real, {s.n_nets, s.n_rows, s.width});
   check_inputs(s, real, weight, index, gate, active);
   check_tensor("routes.flow", flow, ScalarType::Bool, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
-  check_kept(s, real, h, opened);
-  check_tensor("d_h0", d_h0, real, {s.n_nets, s.n_rows, s.width});
-  check_tensor("d_gate", d_gate, real, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
-  if (to_weight) check_tensor("d_weight", d_weight, real, {s.n_nets, s.n_modules - 1, s.width, s.width});
-  if (to_weight) check_tensor("d_bias", d_bias, real, {s.n_nets, s.n_modules - 1, s.width});
+  check_tensor("h", h, real, {s.n_nets, s.n_modules, s.n_rows, s.width});
+  check_tensor("opened", opened, ScalarType::Bool, {s.n_nets, s.n_modules, s.n_rows, s.width});
+  Tensor d_h0 = fresh(d_mixed, {s.n_nets, s.n_rows, s.width});
+  Tensor d_weight = fresh(d_mixed, {s.n_nets, s.n_modules - 1, s.width, s.width}, to_weight);
+  Tensor d_bias = fresh(d_mixed, {s.n_nets, s.n_modules - 1, s.width}, to_weight);
+  Tensor d_gate = fresh(d_mixed, {s.n_nets, s.n_rows, s.n_modules, s.n_kept});
   with_dtype(d_mixed, [&](auto zero) {
     using T = decltype(zero);
-    const Kernels<T>& kernel = kernels<T>(bf16);
+    const Kernels<T>& kernel = kernels<T>(precision);
     const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets * (s.n_modules - 1), s.width, s.width, true);
     const auto begin = begin_lines(s, const_data<int32_t>(active));
     const BackwardArgs<T> args{s,
@@ -134,6 +139,13 @@ void routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor index, Tensor
       kernel.backward(args, net, first, n_rows, sums[0], sums[1]);
     });
   });
+  return {d_h0, d_weight, d_bias, d_gate};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {
+  m.impl("routed_modules", TORCH_BOX(&routed_modules));
+  m.impl("routed_modules_backward", TORCH_BOX(&routed_modules_backward));
+}
+
+}  // namespace
 }  // namespace d2r_fast

@@ -3,7 +3,7 @@
 #include <tuple>
 #include <vector>
 
-#include "operations.h"
+#include "host.h"
 
 namespace d2r_fast {
 namespace {
@@ -13,8 +13,6 @@ template <typename T>
 T smaller(T a, T b) {
   return b < a || std::isnan(b) ? b : a;
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor frozen_q, Tensor target_q, Tensor logp,
                                                       Tensor next_logp, Tensor reward, Tensor terminal, Tensor log_alpha,
@@ -95,4 +93,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor frozen_q,
   return {losses, d_q, d_frozen_q, d_logp};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {
+  m.impl("sac_losses", TORCH_BOX(&sac_losses));
+}
+
+}  // namespace
 }  // namespace d2r_fast

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <numbers>
 
-#include "operations.h"
+#include "host.h"
 #include "parallel.h"
 
 namespace d2r_fast {
@@ -38,8 +38,6 @@ void for_rows(int64_t n_rows, const Body& body) {
     for (int64_t row = block * kRowsAtOnce; row < std::min(n_rows, (block + 1) * kRowsAtOnce); ++row) body(row);
   });
 }
-
-}  // namespace
 
 Tensor squashed_normal(Tensor out, Tensor noise, Tensor action) {
   const PolicySizes s = policy_sizes(out, noise);
@@ -87,4 +85,10 @@ Tensor squashed_normal_backward(Tensor d_action, Tensor d_logp, Tensor out, Tens
   return d_out;
 }
 
+STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {
+  m.impl("squashed_normal", TORCH_BOX(&squashed_normal));
+  m.impl("squashed_normal_backward", TORCH_BOX(&squashed_normal_backward));
+}
+
+}  // namespace
 }  // namespace d2r_fast

@@ -14,6 +14,7 @@ import triton.language as tl
 from d2r_fast.kernels.settings import check_dtype, packed, walk_launch
 from d2r_fast.kernels.tiles import mix_sources, product, sum_products, tile_rows
 from d2r_fast.kernels.weight_gradient import weight_gradient
+from d2r_fast.ops.select_routes import Routes
 from torch import Tensor
 
 # Sorting rows by their active modules lets a tile skip more, and costs launches of its own. Up to about two tiles a
@@ -167,9 +168,7 @@ def forward(
     h0: Tensor,
     weight: Tensor,
     bias: Tensor,
-    index: Tensor,
-    gate: Tensor,
-    active: Tensor,
+    routes: Routes,
     residual: bool,
     precision: str,
     keep: bool,
@@ -177,14 +176,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mixed [E,B,D], and for backward h [E,N,B,D] and opened [E,N,B,D] bool (z_i > 0).
 
-    Arguments as `d2r_fast.ops.routed_modules`, index int32, active [E,B] int32 from the same routes. Rows of modules
-    that are not active are left as allocated in h and opened, and module 0's opened too. keep=False: both come empty.
+    Arguments as `d2r_fast.ops.routed_modules`. Rows of modules that are not active are left as allocated in h and
+    opened, and module 0's opened too. keep=False: both come empty.
     sort_rows: group rows that route alike (None: where there are tiles enough); never changes a result.
     ValueError: a dtype other than float32, or an unknown precision.
     """
     check_dtype("h0", h0)
     n_nets, n_rows, width = h0.shape
-    n_modules, n_kept = index.shape[2:]
+    n_modules, n_kept = routes.index.shape[2:]
     launch = walk_launch("routed_modules_fwd", precision, n_modules, n_kept, width)
     mixed = torch.empty_like(h0, memory_format=torch.contiguous_format)
     h = h0.new_empty(n_nets, n_modules, n_rows, width)
@@ -192,8 +191,8 @@ def forward(
     if mixed.numel() > 0:
         tiles = triton.cdiv(n_rows, launch["BLOCK_ROWS"])
         routed_modules_fwd_kernel[tiles, n_nets](
-            packed(h0), packed(weight), packed(bias), packed(index), packed(gate), packed(active),
-            _order(active, tiles, sort_rows), mixed, h, opened, n_rows,
+            packed(h0), packed(weight), packed(bias), packed(routes.index), packed(routes.gate), packed(routes.active),
+            _order(routes.active, tiles, sort_rows), mixed, h, opened, n_rows,
             RESIDUAL=residual, **launch,
         )  # fmt: skip
     if opened is None:
@@ -206,10 +205,7 @@ def backward(
     weight: Tensor,
     h: Tensor,
     opened: Tensor,
-    index: Tensor,
-    gate: Tensor,
-    flow: Tensor,
-    active: Tensor,
+    routes: Routes,
     residual: bool,
     precision: str,
     to_weight: bool = True,
@@ -222,9 +218,9 @@ def backward(
     """
     check_dtype("d_mixed", d_mixed)
     n_nets, n_rows, width = d_mixed.shape
-    n_modules, n_kept = index.shape[2:]
+    n_modules, n_kept = routes.index.shape[2:]
     launch = walk_launch("routed_modules_bwd", precision, n_modules, n_kept, width)
-    index, gate, flow, active = (packed(v) for v in (index, gate, flow, active))
+    index, gate, flow, active = (packed(v) for v in routes)
     d_h0 = torch.empty_like(d_mixed, memory_format=torch.contiguous_format)
     d_gate = torch.zeros_like(gate)
     to_relu = torch.empty_like(h)

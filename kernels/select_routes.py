@@ -144,7 +144,7 @@ def forward(
     n_modules: int,
     resrouting: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """index [E,B,N,K] int32, gate, flow [E,B,N,K] bool, active [E,B] int32 as `d2r_fast.ops.select_routes`.
+    """gate, index [E,B,N,K] int32, flow [E,B,N,K] bool, active [E,B] int32 of `d2r_fast.ops.Routes`.
 
     The mode follows from the arguments: sampled with temperature [B] and noise [E,B,R], given with `given`
     [E,B,N,K] of any integer type, else greedy. A route that is given a source outside 0..route-1, or one twice, comes
@@ -164,7 +164,7 @@ def forward(
             *inputs, index, gate, flow, active, active.numel(), n_rows,
             RESROUTING=resrouting, **launch,
         )  # fmt: skip
-    return index, gate, flow, active
+    return gate, index, flow, active
 
 
 def backward(d_gate: Tensor, index: Tensor, gate: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from d2r_fast.nets.d2r import RouteChoice, RoutedNetwork
-from d2r_fast.ops.cpp import routed_network as cpp
+from d2r_fast.ops.routed_network import backward, forward
 
 
 class Pass(Protocol):
@@ -35,17 +35,16 @@ class _Whole:
     def __init__(self, net: RoutedNetwork, x: Tensor, task: Tensor, choice: RouteChoice, needs: str):
         cfg = net.cfg
         self._net, self._parameters = net, net.in_order()
-        self.out, *self._saved = cpp.forward(
-            *(x, task, choice.temperature, choice.noise, choice.index, self._parameters, cfg.top_k, cfg.residual),
-            *(cfg.resrouting and net.training, cfg.precision, needs != "nothing"),
+        self.out, *self._saved = forward(
+            *(x, task, choice.temperature, choice.noise, choice.index, cfg.top_k, cfg.residual),
+            *(cfg.resrouting and net.training, cfg.precision, needs != "nothing", self._parameters),
         )
         self._x, self._task = x, task
 
     def _backward(self, d_out: Tensor, to_x: bool, gradients: list[Tensor]) -> Tensor:
         cfg = self._net.cfg
         inputs: list[Any] = [d_out, None, self._x, self._task, self._parameters, *self._saved]
-        inputs += [cfg.residual, cfg.precision, to_x, False, gradients]
-        d_x, _ = cpp.backward(*inputs)
+        d_x: Tensor = backward(*inputs, cfg.residual, cfg.precision, to_x, gradients)
         return d_x
 
     def to_input(self, d_out: Tensor) -> Tensor:

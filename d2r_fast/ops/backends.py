@@ -15,8 +15,7 @@ bf16       rounded to bfloat16, to nearest even, on every backend and processor:
 import os
 import warnings
 from functools import lru_cache
-from importlib import import_module, util
-from types import ModuleType
+from importlib import util
 from typing import Literal
 
 import torch
@@ -81,6 +80,8 @@ def choose_backend(backend: str, tensor: Tensor, width: int = 0, precision: str 
         why = f"expected torch.float32 for bf16 products, got {dtype}"
     elif width > widest:
         why = f"expected a width of at most {widest}, got {width}"
+    elif name == "triton" and INTERPRETED and torch.compiler.is_compiling():
+        why = "its interpreter cannot be compiled"
     elif not STATE[name].startswith("ready"):
         why = STATE[name]
         if backend == "auto" and name == "cpp" and not torch.compiler.is_compiling():  # where a warning cannot be given
@@ -101,9 +102,3 @@ def check_precision(precision: str) -> None:
     """ValueError unless `precision` is one of PRECISIONS."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-
-
-def kernels(backend: str, op: str) -> ModuleType:
-    """The module with `forward` and `backward` of an operation. Triton is imported only where it runs."""
-    package = {"cpp": "d2r_fast.ops.cpp", "triton": "d2r_fast.kernels"}[backend]
-    return import_module(f"{package}.{op}")

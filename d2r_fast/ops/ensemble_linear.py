@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2r_fast.ops.arguments import require_flag, require_tensor, under_autocast
 from d2r_fast.ops.backends import Backend, Precision, check_precision, choose_backend
-from d2r_fast.ops.cpp import ensemble_linear as cpp
+from d2r_fast.ops.contract import Run, define, differentiable
 from d2r_fast.ops.reference.products import RoundedLinear
 
 # Below this many rows over all networks, packing the weights would cost more than the product gains.
@@ -49,8 +48,8 @@ def ensemble_linear(
             return RoundedLinear.apply(rows, weight, bias, relu, precision)
         y = torch.baddbmm(bias[:, None], rows, weight.mT)
         return y.relu() if relu else y
-    run: Any = _forward if torch.compiler.is_compiling() else _Eager.apply
-    return run(x, weight, bias, relu, precision)
+    layer: Tensor = _run(chosen, x, weight, bias, relu, precision)
+    return layer
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, autocast: bool) -> tuple[int, int, int]:
@@ -73,53 +72,35 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, autocast: bool) -> tuple[int
     return n_nets, n_out, n_in
 
 
-@torch.library.custom_op("d2r_fast::ensemble_linear", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, precision: str) -> Tensor:
-    """y [E,B,out], on the CPU."""
-    return cpp.forward(x, weight, bias, relu, precision)
+def _gradient_shapes(d_y: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    to_x, to_weight = rest[3:]
+    d_weight, d_bias = (weight.new_empty(v if to_weight else 0) for v in (weight.shape, weight.shape[:2]))
+    return x.new_empty(x.shape if to_x else 0), d_weight, d_bias
 
 
-@_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, precision: str) -> Tensor:
-    return x.new_empty(weight.shape[0], x.shape[-2], weight.shape[1])
+_forward = define(
+    "ensemble_linear(Tensor x, Tensor weight, Tensor bias, bool relu, str precision) -> Tensor",
+    None,
+    lambda x, weight, *_: x.new_empty(weight.shape[0], x.shape[-2], weight.shape[1]),
+)
+# Gradients that are not wanted come empty.
+_backward = define(
+    "ensemble_linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, str precision, bool to_x, "
+    "bool to_weight) -> (Tensor d_x, Tensor d_weight, Tensor d_bias)",
+    None,
+    _gradient_shapes,
+)
 
 
-@torch.library.custom_op("d2r_fast::ensemble_linear_backward", mutates_args=())
-def _backward(
-    d_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, relu: bool, precision: str, to_x: bool, to_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d_x [E,B,in], d_weight, d_bias; empty where not wanted."""
-    return cpp.backward(d_y, x, weight, y, relu, precision, to_x, to_weight)
-
-
-@_backward.register_fake
-def _(
-    d_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, relu: bool, precision: str, to_x: bool, to_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_x = x.new_empty((*d_y.shape[:2], weight.shape[2]) if to_x else 0)
-    return d_x, weight.new_empty(weight.shape if to_weight else 0), weight.new_empty(d_y.shape[::2] if to_weight else 0)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, ctx.relu, ctx.precision = inputs
     ctx.save_for_backward(x, weight, output)
 
 
-def _differentiate(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(backward: Run, ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
     to_x, to_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    x = ctx.saved_tensors[0]
-    run: Any = _backward if torch.compiler.is_compiling() else cpp.backward
-    d_x, d_weight, d_bias = run(d_y, *ctx.saved_tensors, ctx.relu, ctx.precision, to_x, to_weight)
-    to_input = None if not to_x else d_x.sum(0) if x.dim() == 2 else d_x
-    return to_input, *((d_weight, d_bias) if to_weight else (None, None)), None, None
+    d_x, *to_layer = backward(d_y, *ctx.saved_tensors, ctx.relu, ctx.precision, to_x, to_weight)
+    return d_x if to_x else None, *(to_layer if to_weight else (None, None)), None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
-
-
-class _Eager(torch.autograd.Function):
-    """The same without torch.library's bookkeeping, which costs more than a small layer: 0.1 ms a call."""
-
-    forward = staticmethod(cpp.forward)
-    setup_context = staticmethod(_save_for_backward)
-    backward = staticmethod(once_differentiable(_differentiate))  # type: ignore[assignment]
+_run = differentiable(_forward, _backward, _save, _differentiate)

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2r_fast.ops.arguments import require_flag, require_tensor, under_autocast
-from d2r_fast.ops.backends import Backend, Precision, check_precision, choose_backend, kernels
+from d2r_fast.ops.backends import Backend, Precision, check_precision, choose_backend
+from d2r_fast.ops.contract import Run, define, differentiable, launcher
 from d2r_fast.ops.reference.routed_modules import ReferenceModules
 from d2r_fast.ops.route_checks import require_active, require_legal_index
 from d2r_fast.ops.select_routes import MAX_MODULES, Routes
@@ -59,124 +59,68 @@ def routed_modules(
     if chosen == "reference":
         return ReferenceModules.apply(h0, weight, bias, routes.gate, routes.index, routes.flow, residual, precision)
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in (h0, weight, bias, routes.gate))
-    run: Any = _forward if torch.compiler.is_compiling() else _Eager.apply
-    return run(
-        h0, weight, bias, routes.index, routes.gate, routes.flow, routes.active, residual, precision, keep, chosen
-    )[0]
+    mixed: Tensor = _run(chosen, h0, weight, bias, *routes, residual, precision, keep)[0]
+    return mixed
 
 
-def _run_forward(
-    h0: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    index: Tensor,
-    gate: Tensor,
-    flow: Tensor,
-    active: Tensor,
-    residual: bool,
-    precision: str,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """mixed [E,B,D]; for backward, if `keep`, h and opened (bool, z > 0), E*N*B*D numbers each, which only the same
-    backend's backward reads: where in them an active module's output lies, and what the rest holds, is the backend's
-    choice. `flow` matters to backward only.
-    """
-    return kernels(backend, "routed_modules").forward(h0, weight, bias, index, gate, active, residual, precision, keep)
-
-
-_forward = torch.library.custom_op("d2r_fast::routed_modules", _run_forward, mutates_args=())
-
-
-@_forward.register_fake
-def _(
-    h0: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    index: Tensor,
-    gate: Tensor,
-    flow: Tensor,
-    active: Tensor,
-    residual: bool,
-    precision: str,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(h0: Tensor, weight: Tensor, bias: Tensor, index: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    keep = rest[-1]
     shape = (h0.shape[0], index.shape[2], *h0.shape[1:]) if keep else (0,)
     return h0.new_empty(h0.shape), h0.new_empty(shape), h0.new_empty(shape, dtype=torch.bool)
 
 
-def _run_backward(
-    d_mixed: Tensor,
-    weight: Tensor,
-    h: Tensor,
-    opened: Tensor,
-    index: Tensor,
-    gate: Tensor,
-    flow: Tensor,
-    active: Tensor,
-    residual: bool,
-    precision: str,
-    to_weight: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_h0, d_weight, d_bias (both empty unless `to_weight`), d_gate."""
-    run = kernels(backend, "routed_modules").backward
-    return run(d_mixed, weight, h, opened, index, gate, flow, active, residual, precision, to_weight)
+def _gradient_shapes(d_mixed: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    gate, to_weight = rest[3], rest[-1]
+    to_layers = (weight.new_empty(v if to_weight else 0) for v in (weight.shape, weight.shape[:3]))
+    return d_mixed.new_empty(d_mixed.shape), *to_layers, gate.new_empty(gate.shape)
 
 
-_backward = torch.library.custom_op("d2r_fast::routed_modules_backward", _run_backward, mutates_args=())
+def _launcher(function: str, n_before: int) -> Run:
+    """Triton's launchers take the four tensors of the routes, which follow `n_before` others, as one `Routes`."""
+    launch, behind = launcher("routed_modules", function), n_before + len(Routes._fields)
+    return lambda *args: launch(*args[:n_before], Routes(*args[n_before:behind]), *args[behind:])
 
 
-@_backward.register_fake
-def _(
-    d_mixed: Tensor,
-    weight: Tensor,
-    h: Tensor,
-    opened: Tensor,
-    index: Tensor,
-    gate: Tensor,
-    flow: Tensor,
-    active: Tensor,
-    residual: bool,
-    precision: str,
-    to_weight: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_weight = weight.new_empty(weight.shape if to_weight else 0)
-    d_bias = weight.new_empty(weight.shape[:3] if to_weight else 0)
-    return d_mixed.new_empty(d_mixed.shape), d_weight, d_bias, gate.new_empty(gate.shape)
+_launchers = _launcher("forward", 3), _launcher("backward", 4)
+# mixed [E,B,D]; for backward, if `keep`, h and opened (bool, z > 0), E*N*B*D numbers each, which only the same
+# backend's backward reads: where in them an active module's output lies, and what the rest holds, is the backend's
+# choice. `flow` matters to backward only.
+_forward = define(
+    "routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor gate, Tensor flow, Tensor active, "
+    "bool residual, str precision, bool keep) -> (Tensor mixed, Tensor h, Tensor opened)",
+    None,
+    _shapes,
+    _launchers[0],
+)
+# d_weight and d_bias come empty unless `to_weight`.
+_backward = define(
+    "routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor h, Tensor opened, Tensor index, Tensor gate, "
+    "Tensor flow, Tensor active, bool residual, str precision, bool to_weight) -> "
+    "(Tensor d_h0, Tensor d_weight, Tensor d_bias, Tensor d_gate)",
+    None,
+    _gradient_shapes,
+    _launchers[1],
+)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weight, _, index, gate, flow, active, ctx.residual, ctx.precision, _, ctx.backend = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight, _, *routes, ctx.residual, ctx.precision, _ = inputs
     _, h, opened = output
     ctx.mark_non_differentiable(h, opened)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(weight, h, opened, index, gate, flow, active)
+    ctx.save_for_backward(weight, h, opened, *routes)
 
 
-def _differentiate(ctx: Any, d_mixed: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate(backward: Run, ctx: Any, d_mixed: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if d_mixed is None:
-        return (None,) * 11
+        return (None,) * 10
     to_weight = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    run: Any = _backward if torch.compiler.is_compiling() else _run_backward
-    d_h0, d_weight, d_bias, d_gate = run(
-        d_mixed, *ctx.saved_tensors, ctx.residual, ctx.precision, to_weight, ctx.backend
-    )
-    to_weights = (d_weight, d_bias) if to_weight else (None, None)
-    return d_h0, *to_weights, None, d_gate, None, None, None, None, None, None
+    d_h0, d_weight, d_bias, d_gate = backward(d_mixed, *ctx.saved_tensors, ctx.residual, ctx.precision, to_weight)
+    to_layers = (d_weight, d_bias) if to_weight else (None, None)
+    return d_h0, *to_layers, None, d_gate, None, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
-
-
-class _Eager(torch.autograd.Function):
-    """The same without torch.library's bookkeeping, 0.1 ms a call."""
-
-    forward = staticmethod(_run_forward)
-    setup_context = staticmethod(_save_for_backward)
-    backward = staticmethod(once_differentiable(_differentiate))  # type: ignore[assignment]
+_run = differentiable(_forward, _backward, _save, _differentiate, _launchers)
 
 
 def _check(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes) -> None:

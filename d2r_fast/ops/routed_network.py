@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2r_fast.ops.arguments import require_flag, require_tensor
 from d2r_fast.ops.backends import Precision, check_precision
-from d2r_fast.ops.cpp import routed_network as cpp
+from d2r_fast.ops.contract import Run, define, differentiable, without_autograd
 from d2r_fast.ops.cpp.library import MAX_WIDTH
 from d2r_fast.ops.select_routes import MAX_MODULES, RouteMode, Routes, check_select_arguments
+
+# Where a network's parameters stand in the list, weight then bias of each; the routing network's come last.
+BASE, MODULES, HEAD, ROUTE = 0, 8, 10, 12
 
 
 def routed_network(
@@ -55,16 +57,13 @@ def routed_network(
         raise ValueError(f"x, task: expected tensors on cpu, got {x.device} and {task.device}")
     if x.shape[1] != parameters[0].shape[2]:
         raise ValueError(f"x: expected [B,n_in={parameters[0].shape[2]}], got {list(x.shape)}")
-    n_nets, n_modules = len(parameters[0]), parameters[cpp.MODULES].shape[1] + 1
+    n_nets, n_modules = len(parameters[0]), parameters[MODULES].shape[1] + 1
     logits_shape = (n_nets, len(x), n_modules * (n_modules + 1) // 2)
     check_select_arguments(logits_shape, x.device, k, mode, temperature, noise, index)
     keep = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
-    settings = (k, residual, resrouting, precision, keep)
-    if torch.compiler.is_compiling():
-        out, *routes = _forward(x, task, temperature, noise, index, list(parameters), *settings)
-    else:
-        out, *routes = _Eager.apply(x, task, temperature, noise, index, *settings, *parameters)
-    gate, chosen, flow, active = routes[:4]
+    out, gate, chosen, flow, active, *_ = _run(
+        "cpp", x, task, temperature, noise, index, k, residual, resrouting, precision, keep, list(parameters)
+    )
     return out, Routes(chosen, gate, flow, active)
 
 
@@ -79,14 +78,14 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"parameters[{i}]: expected a dense tensor on cpu, got {parameter.layout} on {parameter.device}"
             )
-    if len(parameters) <= cpp.ROUTE or parameters[0].dim() != 3 or parameters[cpp.MODULES].dim() != 4:
+    if len(parameters) <= ROUTE or parameters[0].dim() != 3 or parameters[MODULES].dim() != 4:
         raise ValueError(
-            f"parameters: expected weights [E,out,in] and, at {cpp.MODULES}, [E,N-1,D,D], {cpp.ROUTE + 2} tensors or "
+            f"parameters: expected weights [E,out,in] and, at {MODULES}, [E,N-1,D,D], {ROUTE + 2} tensors or "
             f"more, got shapes {[list(p.shape) for p in parameters]}"
         )
-    n_nets, n_modules = len(parameters[0]), parameters[cpp.MODULES].shape[1] + 1
+    n_nets, n_modules = len(parameters[0]), parameters[MODULES].shape[1] + 1
     if n_modules > MAX_MODULES:
-        raise ValueError(f"parameters[{cpp.MODULES}]: expected at most {MAX_MODULES} modules, got N={n_modules}")
+        raise ValueError(f"parameters[{MODULES}]: expected at most {MAX_MODULES} modules, got N={n_modules}")
     for i, parameter in enumerate(parameters):  # before anything of such sizes is allocated
         if parameter.dim() < 2 or len(parameter) != n_nets or max(parameter.shape[1:]) > MAX_WIDTH:
             raise ValueError(
@@ -95,163 +94,79 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
             )
 
 
-@torch.library.custom_op("d2r_fast::routed_network", mutates_args=())
-def _forward(
-    x: Tensor,
-    task: Tensor,
-    temperature: Tensor | None,
-    noise: Tensor | None,
-    given: Tensor | None,
-    parameters: list[Tensor],
-    k: int,
-    residual: bool,
-    resrouting: bool,
-    precision: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return cpp.forward(x, task, temperature, noise, given, parameters, k, residual, resrouting, precision, keep)
+def saved_shapes(x: Tensor, parameters: Sequence[Tensor], keep: bool) -> tuple[int, tuple[int, ...]]:
+    """Numbers of the saved activations of the layers, and the shape of those of the modules; nothing unless `keep`."""
+    n_nets, per_net, width = parameters[MODULES].shape[:3]
+    hidden, route = parameters[BASE].shape[1], sum(w.shape[1] for w in parameters[ROUTE:-2:2])
+    rows = n_nets * x.shape[0]
+    return (rows * (2 * hidden + 2 * width + route), (n_nets, per_net + 1, x.shape[0], width)) if keep else (0, (0,))
 
 
-@_forward.register_fake
-def _(
-    x: Tensor,
-    task: Tensor,
-    temperature: Tensor | None,
-    noise: Tensor | None,
-    given: Tensor | None,
-    parameters: list[Tensor],
-    k: int,
-    residual: bool,
-    resrouting: bool,
-    precision: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n_nets, rows = parameters[0].shape[0], x.shape[0]
-    shape = (n_nets, rows, parameters[cpp.MODULES].shape[1] + 1, k)
-    n_activations, kept_shape = cpp.saved_shapes(x, parameters, keep)
+def _shapes(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    k, keep, parameters = rest[4], rest[8], rest[9]
+    rows = parameters[0].shape[0], x.shape[0]
+    shape = (*rows, parameters[MODULES].shape[1] + 1, k)
+    n_activations, kept_shape = saved_shapes(x, parameters, keep)
     return (
-        x.new_empty(n_nets, rows, parameters[cpp.HEAD].shape[1]),
+        x.new_empty(*rows, parameters[HEAD].shape[1]),
         x.new_empty(shape),
         x.new_empty(shape, dtype=torch.int32),
         x.new_empty(shape, dtype=torch.bool),
-        x.new_empty(shape[:2], dtype=torch.int32),
+        x.new_empty(rows, dtype=torch.int32),
         x.new_empty(n_activations),
         x.new_empty(kept_shape),
         x.new_empty(kept_shape, dtype=torch.bool),
     )
 
 
-@torch.library.custom_op("d2r_fast::routed_network_backward", mutates_args=())
-def _backward(
-    d_out: Tensor,
-    to_gate: Tensor | None,
-    x: Tensor,
-    task: Tensor,
-    parameters: list[Tensor],
-    gate: Tensor,
-    index: Tensor,
-    flow: Tensor,
-    active: Tensor,
-    activations: Tensor,
-    h: Tensor,
-    opened: Tensor,
-    residual: bool,
-    precision: str,
-    to_x: bool,
-    to_parameters: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    saved = (gate, index, flow, active, activations, h, opened)
-    return cpp.backward(d_out, to_gate, x, task, parameters, *saved, residual, precision, to_x, to_parameters)
+def _gradient_shape(d_out: Tensor, to_gate: Tensor | None, x: Tensor, *rest: Any) -> Tensor:
+    to_x = rest[-2]
+    return x.new_empty(x.shape if to_x else 0)
 
 
-@_backward.register_fake
-def _(
-    d_out: Tensor,
-    to_gate: Tensor | None,
-    x: Tensor,
-    task: Tensor,
-    parameters: list[Tensor],
-    gate: Tensor,
-    index: Tensor,
-    flow: Tensor,
-    active: Tensor,
-    activations: Tensor,
-    h: Tensor,
-    opened: Tensor,
-    residual: bool,
-    precision: str,
-    to_x: bool,
-    to_parameters: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    d_parameters = [p.new_empty(p.shape) for p in parameters] if to_parameters else []
-    return x.new_empty(x.shape if to_x else 0), d_parameters
+# gate, index, flow and active are those of `Routes`; what backward needs, empty unless `keep`: the layers'
+# activations, h and opened as in `routed_modules`.
+_forward = define(
+    "routed_network(Tensor x, Tensor task, Tensor? temperature, Tensor? noise, Tensor? given, int k, bool residual, "
+    "bool resrouting, str precision, bool keep, Tensor[] parameters) -> (Tensor out, Tensor gate, Tensor index, "
+    "Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened)",
+    None,
+    _shapes,
+)
+# d_x [B,n_in], empty unless `to_x`. d_parameters, a tensor for each parameter or none, is where their gradients are
+# written. to_gate [E,B,N,K]: gradient that reaches `gate` by another way than `out`; None: nothing does.
+_backward = define(
+    "routed_network_backward(Tensor d_out, Tensor? to_gate, Tensor x, Tensor task, Tensor[] parameters, Tensor gate, "
+    "Tensor index, Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened, bool residual, "
+    "str precision, bool to_x, Tensor(a!)[] d_parameters) -> Tensor",
+    None,
+    _gradient_shape,
+)
+# For who wants no graph and has a place for the gradients.
+forward, backward = without_autograd(_forward), without_autograd(_backward)
 
 
-def _save(ctx: Any, x: Tensor, task: Tensor, parameters: Sequence[Tensor], output: tuple[Tensor, ...]) -> None:
-    out, gate, *rest = output
-    del out
-    ctx.mark_non_differentiable(*rest)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, task, *_, ctx.residual, _, ctx.precision, _, parameters = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept[1:])  # all but the gate
     ctx.set_materialize_grads(False)
-    ctx.n_parameters = len(parameters)
-    ctx.save_for_backward(x, task, *parameters, gate, *rest)
+    ctx.n_parameters, ctx.to_parameters = len(parameters), any(p.requires_grad for p in parameters)
+    ctx.save_for_backward(x, task, *parameters, *kept)
 
 
-def _differentiate(ctx: Any, d_out: Tensor | None, to_gate: Tensor | None, to_parameters: bool) -> Any:
-    """d_x or None, and a list of the parameters' gradients or of None."""
+def _differentiate(backward: Run, ctx: Any, d_out: Tensor | None, to_gate: Tensor | None, *_: None) -> tuple[Any, ...]:
     x, task, *saved = ctx.saved_tensors
-    parameters, saved = saved[: ctx.n_parameters], saved[ctx.n_parameters :]
+    parameters, kept = saved[: ctx.n_parameters], saved[ctx.n_parameters :]
     nothing = [None] * len(parameters)
     if d_out is None and to_gate is None:
-        return None, nothing
+        return *(None,) * 10, nothing
     if d_out is None:
-        d_out = x.new_zeros(len(parameters[0]), len(x), parameters[cpp.HEAD].shape[1])
+        d_out = x.new_zeros(len(parameters[0]), len(x), parameters[HEAD].shape[1])
     to_x = ctx.needs_input_grad[0]
-    run: Any = _backward if torch.compiler.is_compiling() else cpp.backward
-    d_x, d_parameters = run(
-        d_out, to_gate, x, task, parameters, *saved, ctx.residual, ctx.precision, to_x, to_parameters
-    )
-    return d_x if to_x else None, d_parameters if to_parameters else nothing
+    d_parameters = [p.new_empty(p.shape) for p in parameters] if ctx.to_parameters else []
+    d_x = backward(d_out, to_gate, x, task, parameters, *kept, ctx.residual, ctx.precision, to_x, d_parameters)
+    return d_x if to_x else None, *(None,) * 9, d_parameters or nothing
 
 
-def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, task, _, _, _, parameters, _, ctx.residual, _, ctx.precision, _ = inputs
-    _save(ctx, x, task, parameters, output)
-
-
-def _differentiate_op(ctx: Any, d_out: Tensor | None, to_gate: Tensor | None, *_: None) -> tuple[Any, ...]:
-    d_x, d_parameters = _differentiate(ctx, d_out, to_gate, any(ctx.needs_input_grad[5]))
-    return d_x, None, None, None, None, d_parameters, *(None,) * 5
-
-
-_forward.register_autograd(_differentiate_op, setup_context=_save_for_op)
-
-
-class _Eager(torch.autograd.Function):
-    """The same without torch.library's bookkeeping; autograd wants the parameters one by one."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        task: Tensor,
-        temperature: Tensor | None,
-        noise: Tensor | None,
-        given: Tensor | None,
-        k: int,
-        residual: bool,
-        resrouting: bool,
-        precision: str,
-        keep: bool,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, ...]:
-        return cpp.forward(x, task, temperature, noise, given, parameters, k, residual, resrouting, precision, keep)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, task, _, _, _, _, ctx.residual, _, ctx.precision, _, *parameters = inputs
-        _save(ctx, x, task, parameters, output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, to_gate: Tensor | None, *_: None) -> tuple[Any, ...]:
-        d_x, d_parameters = _differentiate(ctx, d_out, to_gate, any(ctx.needs_input_grad[10:]))
-        return d_x, *(None,) * 9, *d_parameters
+_run = differentiable(_forward, _backward, _save, _differentiate)

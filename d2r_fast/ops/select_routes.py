@@ -4,10 +4,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2r_fast.ops.arguments import require_flag, require_tensor, under_autocast
-from d2r_fast.ops.backends import Backend, choose_backend, kernels
+from d2r_fast.ops.backends import Backend, choose_backend
+from d2r_fast.ops.contract import Run, define, differentiable, launcher
 from d2r_fast.ops.reference import select_routes as reference
 from d2r_fast.ops.route_checks import require_legal_index
 
@@ -80,9 +80,8 @@ def select_routes(
         require_legal_index(index)
     if chosen == "reference":
         return Routes(*reference.forward(logits, temperature, noise, index, k, n_modules, resrouting))
-    run: Any = _select if torch.compiler.is_compiling() else _Eager.apply
-    gate, *rest = run(logits, temperature, noise, index, k, n_modules, resrouting, chosen)
-    return Routes(rest[0], gate, *rest[1:])
+    gate, index, flow, active = _run(chosen, logits, temperature, noise, index, k, n_modules, resrouting)
+    return Routes(index, gate, flow, active)
 
 
 def make_routes(index: Tensor, gate: Tensor, flow: Tensor | None = None) -> Routes:
@@ -118,77 +117,44 @@ def make_routes(index: Tensor, gate: Tensor, flow: Tensor | None = None) -> Rout
     return Routes(index, torch.where(used, gate, 0), flow.contiguous(), reference.active_bits(index))
 
 
-def _run_forward(
-    logits: Tensor,
-    temperature: Tensor | None,
-    noise: Tensor | None,
-    given: Tensor | None,
-    k: int,
-    n_modules: int,
-    resrouting: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gate, index, flow, active of `Routes`: what has a gradient comes first, as opcheck wants it."""
-    run = kernels(backend, "select_routes").forward
-    index, gate, flow, active = run(logits, temperature, noise, given, k, n_modules, resrouting)
-    return gate, index, flow, active
-
-
-_select = torch.library.custom_op("d2r_fast::select_routes", _run_forward, mutates_args=())
-
-
-@_select.register_fake
-def _(
-    logits: Tensor,
-    temperature: Tensor | None,
-    noise: Tensor | None,
-    given: Tensor | None,
-    k: int,
-    n_modules: int,
-    resrouting: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _shapes(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    k, n_modules = rest[3:5]
     rows = logits.shape[:2]
     shape = (*rows, n_modules, k)
     index, active = logits.new_empty(shape, dtype=torch.int32), logits.new_empty(rows, dtype=torch.int32)
     return logits.new_empty(shape), index, logits.new_empty(shape, dtype=torch.bool), active
 
 
-def _run_backward(d_gate: Tensor, index: Tensor, gate: Tensor, backend: str) -> Tensor:
-    """d_logits [E,B,R]: the softmax over the chosen, backwards; zero for the others."""
-    return kernels(backend, "select_routes").backward(d_gate, index, gate)
-
-
-_select_backward = torch.library.custom_op("d2r_fast::select_routes_backward", _run_backward, mutates_args=())
-
-
-@_select_backward.register_fake
-def _(d_gate: Tensor, index: Tensor, gate: Tensor, backend: str) -> Tensor:
+def _gradient_shape(d_gate: Tensor, index: Tensor, gate: Tensor) -> Tensor:
     n_modules = index.shape[2]
     return gate.new_empty(*index.shape[:2], n_modules * (n_modules + 1) // 2)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.backend = inputs[-1]
+_launchers = launcher("select_routes", "forward"), launcher("select_routes", "backward")
+# What has a gradient comes first, as opcheck wants it.
+_forward = define(
+    "select_routes(Tensor logits, Tensor? temperature, Tensor? noise, Tensor? given, int k, int n_modules, "
+    "bool resrouting) -> (Tensor gate, Tensor index, Tensor flow, Tensor active)",
+    None,
+    _shapes,
+    _launchers[0],
+)
+_backward = define(
+    "select_routes_backward(Tensor d_gate, Tensor index, Tensor gate) -> Tensor", None, _gradient_shape, _launchers[1]
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     gate, index, flow, active = output
     ctx.mark_non_differentiable(index, flow, active)
     ctx.save_for_backward(index, gate)
 
 
-def _differentiate(ctx: Any, d_gate: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    run: Any = _select_backward if torch.compiler.is_compiling() else _run_backward
-    return run(d_gate, *ctx.saved_tensors, ctx.backend), *(None,) * 7
+def _differentiate(backward: Run, ctx: Any, d_gate: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return backward(d_gate, *ctx.saved_tensors), *(None,) * 6
 
 
-_select.register_autograd(_differentiate, setup_context=_save_for_backward)
-
-
-class _Eager(torch.autograd.Function):
-    """The same without torch.library's bookkeeping, 0.1 ms a call."""
-
-    forward = staticmethod(_run_forward)
-    setup_context = staticmethod(_save_for_backward)
-    backward = staticmethod(once_differentiable(_differentiate))  # type: ignore[assignment]
+_run = differentiable(_forward, _backward, _save, _differentiate, _launchers)
 
 
 def check_select_arguments(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from route_cases import largest, make_case, random_index, random_logits, run
 
-from d2r_fast import routed_modules, select_routes, unpack_active
+from d2r_fast import Routes, routed_modules, select_routes, unpack_active
 from d2r_fast.ops.gumbel import gumbel
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
@@ -57,12 +57,10 @@ def make_modules(e, b, n, k, d, kind="random", flow="random"):
 
 def run_triton(case, cotangent, residual=True, precision="float32", sort_rows=None):
     """Output and gradients by name, as `run` of the reference."""
-    h0, weight, bias, (index, gate, flow, active) = case
-    mixed, h, opened = triton_modules.forward(
-        h0, weight, bias, index, gate, active, residual, precision, True, sort_rows
-    )
+    h0, weight, bias, routes = case
+    mixed, h, opened = triton_modules.forward(h0, weight, bias, routes, residual, precision, True, sort_rows)
     grads = triton_modules.backward(
-        cotangent.to(h0.dtype), weight, h, opened, index, gate, flow, active, residual, precision, True, sort_rows
+        cotangent.to(h0.dtype), weight, h, opened, routes, residual, precision, True, sort_rows
     )
     return dict(zip(("out", "h0", "weight", "bias", "gate"), (mixed, *grads), strict=True))
 
@@ -157,9 +155,7 @@ def test_no_row_depends_on_another_nor_on_the_grouping(sort_rows):
 
 def test_what_is_not_active_is_not_written():
     h0, weight, bias, routes = make_modules(2, 20, 8, 2, 16)
-    _, h, opened = triton_modules.forward(
-        h0, weight, bias, routes.index, routes.gate, routes.active, True, "float32", True
-    )
+    _, h, opened = triton_modules.forward(h0, weight, bias, routes, True, "float32", True)
     active = unpack_active(routes.active, 8).transpose(1, 2)  # [E,N,B]
     assert 0 < active.sum() < active.numel()
     assert h[active].isfinite().all() and h[~active].isnan().all()  # fresh memory was NaN
@@ -168,11 +164,11 @@ def test_what_is_not_active_is_not_written():
 
 
 def test_only_what_is_asked_for():
-    h0, weight, bias, (index, gate, flow, active) = make_modules(1, 20, 4, 2, 16)
-    mixed, h, opened = triton_modules.forward(h0, weight, bias, index, gate, active, True, "float32", True)
-    again, *nothing = triton_modules.forward(h0, weight, bias, index, gate, active, True, "float32", False)
+    h0, weight, bias, routes = make_modules(1, 20, 4, 2, 16)
+    mixed, h, opened = triton_modules.forward(h0, weight, bias, routes, True, "float32", True)
+    again, *nothing = triton_modules.forward(h0, weight, bias, routes, True, "float32", False)
     assert torch.equal(mixed, again) and [v.numel() for v in nothing] == [0, 0]
-    saved = (mixed, weight, h, opened, index, gate, flow, active, True, "float32")
+    saved = (mixed, weight, h, opened, routes, True, "float32")
     d_h0, _, _, d_gate = triton_modules.backward(*saved)
     only_h0, *nothing, only_gate = triton_modules.backward(*saved, to_weight=False)
     assert torch.equal(d_h0, only_h0) and torch.equal(d_gate, only_gate) and [v.numel() for v in nothing] == [0, 0]
@@ -208,9 +204,7 @@ def test_modules_take_any_strides():
 def test_a_diverged_network_shows():
     h0, weight, bias, routes = make_modules(1, 20, 4, 2, 16, "highest")
     bias[0, 1, 3] = torch.nan
-    mixed, *_ = triton_modules.forward(
-        h0, weight, bias, routes.index, routes.gate, routes.active, True, "float32", False
-    )
+    mixed, *_ = triton_modules.forward(h0, weight, bias, routes, True, "float32", False)
     assert mixed.isnan().any(-1).all()
 
 
@@ -225,9 +219,13 @@ def test_a_diverged_network_shows():
 def test_value_errors(dtype, d, precision, message):
     h0, weight, bias, routes = make_modules(1, 2, 2, 1, d)
     with pytest.raises(ValueError, match=message):
-        triton_modules.forward(
-            h0.to(dtype), weight, bias, routes.index, routes.gate, routes.active, True, precision, True
-        )
+        triton_modules.forward(h0.to(dtype), weight, bias, routes, True, precision, True)
+
+
+def choose(*args):
+    """`Routes` out of what the launcher returns, which begins with what has a gradient."""
+    gate, index, flow, active = triton_routes.forward(*args)
+    return Routes(index, gate, flow, active)
 
 
 ROUTE_SHAPES = [(1, 1, 1, 1), (2, 63, 2, 1), (2, 7, 5, 2), (1, 63, 5, 5), (2, 15, 16, 2), (3, 5, 16, 3), (1, 9, 32, 2)]
@@ -247,7 +245,7 @@ def test_routes_match_the_reference(e, b, n, k, mode, resrouting):
     if mode == "given":  # 99 in unused slots, which nobody may read
         extra["index"] = random_index(e, b, n, k).to(DEVICE, torch.uint8)
     expected = select_routes(logits, k, mode, resrouting=resrouting, **extra)
-    ours = triton_routes.forward(logits.detach(), *extra.values(), k, n, resrouting)
+    ours = choose(logits.detach(), *extra.values(), k, n, resrouting)
     tolerance = 2e-6 if torch.float32 == DTYPE else 1e-14
     for name, a, b in zip(expected._fields, ours, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape, name
@@ -256,7 +254,7 @@ def test_routes_match_the_reference(e, b, n, k, mode, resrouting):
     cotangent = torch.randn_like(expected.gate)
     (d_logits,) = torch.autograd.grad((expected.gate * cotangent).sum(), logits)
     poisoned = torch.where(expected.gate != 0, cotangent, torch.nan)  # unused slots may hold anything
-    d_ours = triton_routes.backward(poisoned, ours[0], ours[1])
+    d_ours = triton_routes.backward(poisoned, ours.index, ours.gate)
     assert d_ours.shape == d_logits.shape and d_ours.dtype == d_logits.dtype
     assert largest(d_ours - d_logits) <= 4 * tolerance
     assert ((d_ours != 0) <= (d_logits != 0)).all()
@@ -269,7 +267,7 @@ def test_every_pick_exists_whatever_the_logits_hold(value):
     logits = random_logits(1, 30, n).to(DEVICE, DTYPE)
     logits[:, 10:][torch.rand(1, 20, logits.shape[2]) < 0.5] = value
     logits[:, 20:] = value
-    index, _, _, active = triton_routes.forward(logits, None, None, None, k, n, True)
+    index, _, _, active = choose(logits, None, None, None, k, n, True)
     for i in range(1, n + 1):
         picked = index[0, :, i - 1, : min(k, i)]
         assert (picked >= 0).all() and (picked < i).all()
@@ -289,12 +287,12 @@ def test_an_illegal_given_source_shows_and_leads_nowhere(resrouting):
     index = legal.clone()
     index[0, :6, route - 1, 1] = torch.tensor([-1, route, 2**31 - 1, 2**32, -(2**63), 3], device=DEVICE)
     index[0, 6, 0, 0] = 1  # route 1 has source 0 only
-    picked, gate, flow, active = triton_routes.forward(logits, None, None, index, k, n, resrouting)
+    picked, gate, flow, active = choose(logits, None, None, index, k, n, resrouting)
 
     illegal = (index != legal).any(-1)  # [1,B,N]
     used = torch.arange(k) < torch.arange(1, n + 1)[:, None]
     assert illegal.sum() == 7 and torch.equal(gate.isnan(), illegal[..., None] & used.to(DEVICE))
-    expected = triton_routes.forward(logits, None, None, legal, k, n, resrouting)
+    expected = choose(logits, None, None, legal, k, n, resrouting)
     for ours, theirs in zip((picked, gate, flow), expected, strict=False):
         assert torch.equal(ours[~illegal], theirs[~illegal])
     for row in range(8):
@@ -309,23 +307,21 @@ def test_an_illegal_given_source_shows_and_leads_nowhere(resrouting):
 def test_routes_at_extreme_temperatures():
     logits, noise = random_logits(2, 40, 5).to(DEVICE, DTYPE), random_logits(2, 40, 5).to(DEVICE, DTYPE)
     temperature = torch.where(torch.arange(40) % 2 == 0, 1e-30, 1e30).to(DEVICE, DTYPE)
-    index = triton_routes.forward(logits, temperature, noise, None, 2, 5, True)[0]
+    index = choose(logits, temperature, noise, None, 2, 5, True).index
     cold, hot = select_routes(logits, 2).index, select_routes(noise, 2).index
     assert torch.equal(index[:, ::2], cold[:, ::2]) and torch.equal(index[:, 1::2], hot[:, 1::2])
 
 
 def test_routes_of_no_rows_and_of_strided_logits():
-    empty = triton_routes.forward(torch.zeros(2, 0, 15, device=DEVICE), None, None, None, 2, 5, True)
+    empty = choose(torch.zeros(2, 0, 15, device=DEVICE), None, None, None, 2, 5, True)
     assert [list(v.shape) for v in empty] == [[2, 0, 5, 2], [2, 0, 5, 2], [2, 0, 5, 2], [2, 0]]
-    assert list(triton_routes.backward(empty[1], empty[0], empty[1]).shape) == [2, 0, 15]
+    assert list(triton_routes.backward(empty.gate, empty.index, empty.gate).shape) == [2, 0, 15]
     logits = random_logits(2, 7, 6).to(DEVICE, DTYPE)[:, ::2, :15]
-    packed = triton_routes.forward(logits.contiguous(), None, None, None, 2, 5, True)
-    for a, b in zip(triton_routes.forward(logits, None, None, None, 2, 5, True), packed, strict=True):
+    packed = choose(logits.contiguous(), None, None, None, 2, 5, True)
+    for a, b in zip(choose(logits, None, None, None, 2, 5, True), packed, strict=True):
         assert torch.equal(a, b)
 
 
 def test_routes_refuse_half_precision():
     with pytest.raises(ValueError, match=r"triton: expected float32 for noise, got torch.float16"):
-        triton_routes.forward(
-            torch.zeros(1, 2, 1, device=DEVICE), torch.ones(2), torch.zeros(1, 2, 1).half(), None, 1, 1, True
-        )
+        choose(torch.zeros(1, 2, 1, device=DEVICE), torch.ones(2), torch.zeros(1, 2, 1).half(), None, 1, 1, True)

@@ -31,18 +31,18 @@ def test_opcheck():
     temperature, noise = torch.ones(30), torch.rand(2, 30, R)
     ops = torch.ops.d2r_fast
     for extra in ((None, None, None), (temperature, noise, None)):
-        torch.library.opcheck(ops.select_routes.default, (logits, *extra, K, N, True, "cpp"))
+        torch.library.opcheck(ops.select_routes.default, (logits, *extra, K, N, True))
     given = select_routes(logits.detach(), K)
-    torch.library.opcheck(ops.select_routes.default, (logits, None, None, given.index, K, N, False, "cpp"))
-    torch.library.opcheck(ops.select_routes_backward.default, (given.gate, given.index, given.gate, "cpp"))
+    torch.library.opcheck(ops.select_routes.default, (logits, None, None, given.index, K, N, False))
+    torch.library.opcheck(ops.select_routes_backward.default, (given.gate, given.index, given.gate))
     # Every module active: what h holds for the others is anything, and opcheck would compare it.
     dense = make_routes(torch.arange(N).expand(2, 30, N, N), torch.rand(2, 30, N, N, dtype=torch.float64))
     args = (dense.index, dense.gate.requires_grad_(), dense.flow, dense.active, True, "float32")
-    torch.library.opcheck(ops.routed_modules.default, (h0, weight, bias, *args, True, "cpp"))
-    mixed, h, opened = ops.routed_modules(h0, weight, bias, *args, True, "cpp")
+    torch.library.opcheck(ops.routed_modules.default, (h0, weight, bias, *args, True))
+    mixed, h, opened = ops.routed_modules(h0, weight, bias, *args, True)
     torch.library.opcheck(
         ops.routed_modules_backward.default,
-        (*(v.detach() for v in (mixed, weight, h, opened, dense.index, dense.gate)), *args[2:], True, "cpp"),
+        (*(v.detach() for v in (mixed, weight, h, opened, dense.index, dense.gate)), *args[2:], True),
     )
 
 
@@ -169,8 +169,5 @@ def test_the_library_refuses_what_would_leave_its_buffers():
     routes = make_routes(torch.zeros(1, 2, 1, 1, dtype=torch.int32), torch.ones(1, 2, 1, 1))
     with pytest.raises(ValueError, match="expected a width of at most 1024, got 2000"):
         routed_modules(h0, torch.zeros(1, 0, 2000, 2000), torch.zeros(1, 0, 2000), routes, backend="cpp")
-    out = [torch.empty(2, 3, N, K, dtype=torch.int32), torch.empty(2, 3, N, K), torch.empty(2, 3, N, K).bool()]
     with pytest.raises(ValueError, match=r"logits: expected shape \[2, 3, 15\], got \[2, 3, 14\]"):
-        torch.ops.d2r_fast_cpu.select_routes(
-            torch.zeros(2, 3, 14), None, None, None, True, *out, torch.empty(2, 3, dtype=torch.int32)
-        )
+        torch.ops.d2r_fast.select_routes(torch.zeros(2, 3, 14), None, None, None, K, N, True)

@@ -16,7 +16,6 @@ from route_cases import largest, make_case, run
 
 import d2r_fast
 from d2r_fast import Routes, make_routes, select_routes, unpack_active
-from d2r_fast.ops.cpp import routed_modules as cpp
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # Instruction sets share their source, so what does not touch its arithmetic is tested on the fastest alone.
@@ -229,8 +228,7 @@ def test_a_module_that_is_computed_without_need_changes_nothing(routed_modules):
 def test_only_active_modules_are_kept_and_no_memory_past_them_is_touched(backend, residual):
     """Fresh memory is poisoned here: NaN, and for a bool True."""
     h0, weight, bias, routes = make_case(2, 131, 16, 2, 17)
-    inputs = (h0, weight, bias, routes.index, routes.gate, routes.active)
-    _, h, opened = cpp.forward(*inputs, residual, "float32", keep=True)
+    _, h, opened = torch.ops.d2r_fast.routed_modules(h0, weight, bias, *routes, residual, "float32", True)
     n_lines = int(unpack_active(routes.active, 16).sum())
     assert 0 < n_lines < h.numel() // 17
     kept, rest = h.flatten()[: n_lines * 17], h.flatten()[n_lines * 17 :]

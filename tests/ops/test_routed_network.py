@@ -13,8 +13,8 @@ from d2r_fast.nets.d2r import GREEDY
 from d2r_fast.ops import routed_network
 from d2r_fast.ops.backends import INTERPRETED, availability
 from d2r_fast.ops.cpp.library import instruction_sets, use_instruction_set
-from d2r_fast.ops.cpp.routed_network import saved_shapes
 from d2r_fast.ops.gumbel import gumbel
+from d2r_fast.ops.routed_network import saved_shapes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 on_every_instruction_set = pytest.mark.parametrize("backend", cpp_backends(), indirect=True)
@@ -237,8 +237,14 @@ def test_opcheck(mode):
     x, task = make_rows(20)
     _, temperature, noise, index = make_choice(mode, 2, 20, net.cfg)
     parameters = [p.detach().clone().requires_grad_() for p in net.in_order()]
-    arguments = (x.requires_grad_(), task, temperature, noise, index, parameters, 6, True, True, "float32", True)
+    arguments = (x.requires_grad_(), task, temperature, noise, index, 6, True, True, "float32", True, parameters)
     torch.library.opcheck(torch.ops.d2r_fast.routed_network.default, arguments)
+    x, parameters = x.detach(), [p.detach() for p in parameters]
+    out, *saved = torch.ops.d2r_fast.routed_network(x, task, temperature, noise, index, *arguments[5:-1], parameters)
+    for d_parameters in ([torch.empty_like(p) for p in parameters], []):
+        wanted = (not d_parameters, d_parameters)
+        arguments = (out, None, x, task, parameters, *saved, True, "float32", *wanted)
+        torch.library.opcheck(torch.ops.d2r_fast.routed_network_backward.default, arguments)
 
 
 def test_compiles_without_a_graph_break():

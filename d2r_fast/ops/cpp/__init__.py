@@ -1,1 +1,1 @@
-"""Backend `cpp`: C++ on the CPU. Outputs are allocated here and filled by the library."""
+"""Backend `cpp`: the library of C++ kernels for the CPU."""

@@ -3,7 +3,6 @@
 import ctypes
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,12 +33,12 @@ def is_ready() -> bool:
     return _load()[0] is not None
 
 
-def operations() -> Any:
-    """`torch.ops.d2r_fast_cpu`, loaded. ValueError: the backend cannot be used, and why."""
+def require() -> ctypes.CDLL:
+    """The library. ValueError: the backend cannot be used, and why."""
     library, why = _load()
     if library is None:
         raise ValueError(f"backend cpp: {why}")
-    return torch.ops.d2r_fast_cpu
+    return library
 
 
 def instruction_sets() -> list[str]:
@@ -53,9 +52,7 @@ def instruction_sets() -> list[str]:
 
 def use_instruction_set(name: str) -> None:
     """Run on `name`, one of `instruction_sets()`, from now on: what tests compare and benchmarks measure."""
-    operations()
-    library, _ = _load()
-    assert library is not None
+    library = require()
     if name not in instruction_sets():
         raise ValueError(f"instruction set: expected one of {', '.join(instruction_sets())}, got {name!r}")
     library.d2r_fast_use_isa(instruction_sets().index(name))

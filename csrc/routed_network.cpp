@@ -1,7 +1,8 @@
 // Whole networks on the CPU: host side of network_cpu.h.
+#include <tuple>
 #include <vector>
 
-#include "operations.h"
+#include "host.h"
 #include "parallel.h"
 #include "route_checks.h"
 
@@ -35,9 +36,9 @@ WeightShape weight_shape(const NetworkSizes& s, const std::vector<Tensor>& param
   return {1, l == s.n_layers - 1 ? s.n_logits : parameters[2 * l].size(1), n_in};
 }
 
-// Checks everything; parameters that do not lie in one piece are replaced by copies that do, once their shapes are known.
-NetworkSizes network_sizes(const Tensor& x, const Tensor& task, std::vector<Tensor>& parameters, const Tensor& index,
-                           bool residual) {
+// Checks everything; what does not lie in one piece is replaced by a copy that does, once the shapes are known. Rows of x
+// may be columns of a wider matrix.
+NetworkSizes network_sizes(Tensor& x, Tensor& task, std::vector<Tensor>& parameters, int64_t n_kept, bool residual) {
   const int64_t n_layers = static_cast<int64_t>(parameters.size()) / 2;
   check(n_layers > kRoute && parameters.size() % 2 == 0, "parameters: expected weight and bias of at least ", kRoute + 1,
         " layers, got ", parameters.size(), " tensors");
@@ -48,15 +49,17 @@ NetworkSizes network_sizes(const Tensor& x, const Tensor& task, std::vector<Tens
           shape_text(parameters[2 * l].sizes()));
   }
   check(x.dim() == 2, "x: expected [B,in], got ", shape_text(x.sizes()));
-  NetworkSizes s{{base.size(0), x.size(0), index.size(2), index.size(3), head.size(2), residual},
+  const int64_t n_modules = parameters[2 * kModules].size(1) + 1;
+  NetworkSizes s{{base.size(0), x.size(0), n_modules, n_kept, head.size(2), residual},
                  base.size(2), base.size(1), head.size(1), parameters[2 * kTask].size(2), 0, n_layers};
   const Sizes& m = s.modules;
   check_routes(m.n_modules, m.n_kept);
   s.n_logits = m.n_modules * (m.n_modules + 1) / 2;
   const ScalarType real = x.scalar_type();
-  check(x.size(1) == s.n_in && (s.n_in <= 1 || x.stride(1) == 1), "x: expected [B,", s.n_in,
-        "] of adjacent numbers, got shape ", shape_text(x.sizes()));
-  check_tensor("task", task, ScalarType::Long, {m.n_rows});
+  check_shape("x", x, {m.n_rows, s.n_in});
+  if (s.n_in > 1 && x.stride(1) != 1) x = readable(x);
+  task = readable(task, ScalarType::Long);
+  check_shape("task", task, {m.n_rows});
   for (int64_t l = 0; l < n_layers; ++l) {
     const auto [count, n_out, n_in] = weight_shape(s, parameters, l);
     check_width("a layer's input", n_in);
@@ -73,8 +76,7 @@ NetworkSizes network_sizes(const Tensor& x, const Tensor& task, std::vector<Tens
       check_shape(bias.c_str(), parameters[2 * l + 1], {m.n_nets, n_out});
     }
   }
-  for (Tensor& parameter : parameters)
-    if (!parameter.is_contiguous()) parameter = torch::stable::contiguous(parameter);
+  for (Tensor& parameter : parameters) parameter = readable(parameter);
   return s;
 }
 
@@ -148,46 +150,31 @@ std::vector<int64_t> begin_lines(const Sizes& s) {
   return begin;
 }
 
-void check_chosen(const Sizes& m, ScalarType real, const Tensor& index, const Tensor& gate, const Tensor& flow,
-                  const Tensor& active) {
-  check_tensor("index", index, ScalarType::Int, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
-  check_tensor("gate", gate, real, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
-  check_tensor("flow", flow, ScalarType::Bool, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
-  check_tensor("active", active, ScalarType::Int, {m.n_nets, m.n_rows});
-}
-
-void check_kept(const NetworkSizes& s, ScalarType real, const std::vector<Tensor>& parameters, const Tensor& activations,
-                const Tensor& h, const Tensor& opened) {
-  const Sizes& m = s.modules;
-  check_tensor("activations", activations, real, {m.n_nets * m.n_rows * activation_width(s, parameters)});
-  check_tensor("h", h, real, {m.n_nets, m.n_modules, m.n_rows, m.width});
-  check_tensor("opened", opened, ScalarType::Bool, {m.n_nets, m.n_modules, m.n_rows, m.width});
-}
-
 template <typename T>
 NetworkArgs<T> network_args(const NetworkSizes& s, const Packed<T>& packed, const Tensor& x, const Tensor& task) {
   return {s.n_tasks,          s.n_layers,  packed.layers.data(), packed.task_rows.get(),
           const_data<T>(x), x.stride(0), const_data<int64_t>(task)};
 }
 
-}  // namespace
-
-void network(Tensor x, Tensor task, std::vector<Tensor> parameters, std::optional<Tensor> temperature,
-             std::optional<Tensor> noise, std::optional<Tensor> given, bool residual, bool resrouting, bool bf16, bool keep,
-             Tensor out, Tensor index, Tensor gate, Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened) {
-  const NetworkSizes s = network_sizes(x, task, parameters, index, residual);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> routed_network(
+    Tensor x, Tensor task, std::optional<Tensor> temperature, std::optional<Tensor> noise, std::optional<Tensor> given,
+    int64_t k, bool residual, bool resrouting, std::string precision, bool keep, std::vector<Tensor> parameters) {
+  const NetworkSizes s = network_sizes(x, task, parameters, k, residual);
   const Sizes& m = s.modules;
   const ScalarType real = x.scalar_type();
+  temperature = readable(temperature, real), noise = readable(noise, real);
   check(noise.has_value() == temperature.has_value(), "temperature: expected one where there is noise, and none elsewhere");
   if (noise) check_tensor("noise", *noise, real, {m.n_nets, m.n_rows, s.n_logits});
   if (temperature) check_tensor("temperature", *temperature, real, {m.n_rows});
-  check_tensor("out", out, real, {m.n_nets, m.n_rows, s.n_out});
-  check_chosen(m, real, index, gate, flow, active);
-  if (keep) check_kept(s, real, parameters, activations, h, opened);
-  GivenRoutes given_routes(given, m, data<int32_t>(index));
+  Tensor out = fresh(x, {m.n_nets, m.n_rows, s.n_out});
+  const ChosenRoutes chosen = fresh_routes(m, x);
+  Tensor activations = fresh(x, {m.n_nets * m.n_rows * activation_width(s, parameters)}, keep);
+  Tensor h = fresh(x, {m.n_nets, m.n_modules, m.n_rows, m.width}, keep);
+  Tensor opened = fresh(x, {m.n_nets, m.n_modules, m.n_rows, m.width}, keep, ScalarType::Bool);
+  GivenRoutes given_routes(given, m, data<int32_t>(chosen.index));
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Kernels<T>& kernel = kernels<T>(bf16);
+    const Kernels<T>& kernel = kernels<T>(precision);
     const Packed<T> packed = pack_network(kernel, s, parameters, false);
     const auto begin = keep ? begin_lines(m) : std::vector<int64_t>();
     const RouteArgs<T> route_args{{m.n_modules, m.n_kept},
@@ -196,17 +183,17 @@ void network(Tensor x, Tensor task, std::vector<Tensor> parameters, std::optiona
                                   noise ? const_data<T>(*noise) : nullptr,
                                   given_routes.any(),
                                   resrouting,
-                                  data<int32_t>(index),
-                                  data<T>(gate),
-                                  data<bool>(flow),
-                                  data<int32_t>(active)};
+                                  data<int32_t>(chosen.index),
+                                  data<T>(chosen.gate),
+                                  data<bool>(chosen.flow),
+                                  data<int32_t>(chosen.active)};
     const ForwardArgs<T> modules{m,
                                  nullptr,
                                  packed.modules,
                                  const_data<T>(parameters[2 * kModules + 1]),
-                                 const_data<int32_t>(index),
-                                 const_data<T>(gate),
-                                 const_data<int32_t>(active),
+                                 const_data<int32_t>(chosen.index),
+                                 const_data<T>(chosen.gate),
+                                 const_data<int32_t>(chosen.active),
                                  keep ? begin.data() : nullptr,
                                  keep ? data<T>(h) : nullptr,
                                  keep ? data<bool>(opened) : nullptr,
@@ -218,21 +205,30 @@ void network(Tensor x, Tensor task, std::vector<Tensor> parameters, std::optiona
     });
   });
   given_routes.require_legal();
+  return {out, chosen.gate, chosen.index, chosen.flow, chosen.active, activations, h, opened};
 }
 
-void network_backward(Tensor d_out, std::optional<Tensor> to_gate, Tensor x, Tensor task, std::vector<Tensor> parameters,
-                      Tensor index, Tensor gate, Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened,
-                      bool residual, bool bf16, bool to_x, Tensor d_x, std::vector<Tensor> d_parameters) {
-  const NetworkSizes s = network_sizes(x, task, parameters, index, residual);
+Tensor routed_network_backward(Tensor d_out, std::optional<Tensor> to_gate, Tensor x, Tensor task,
+                               std::vector<Tensor> parameters, Tensor gate, Tensor index, Tensor flow, Tensor active,
+                               Tensor activations, Tensor h, Tensor opened, bool residual, std::string precision, bool to_x,
+                               std::vector<Tensor> d_parameters) {
+  check(index.dim() == 4, "index: expected [E,B,N,K], got ", shape_text(index.sizes()));
+  const NetworkSizes s = network_sizes(x, task, parameters, index.size(3), residual);
   const Sizes& m = s.modules;
   const int64_t rows = m.n_nets * m.n_rows, routes = rows * m.n_modules * m.n_kept;
   const ScalarType real = x.scalar_type();
   const bool to_parameters = !d_parameters.empty();
+  d_out = readable(d_out), to_gate = readable(to_gate, real);
   check_tensor("d_out", d_out, real, {m.n_nets, m.n_rows, s.n_out});
   if (to_gate) check_tensor("to_gate", *to_gate, real, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
-  check_chosen(m, real, index, gate, flow, active);
-  check_kept(s, real, parameters, activations, h, opened);
-  if (to_x) check_tensor("d_x", d_x, real, {m.n_nets, m.n_rows, s.n_in});
+  check_tensor("gate", gate, real, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
+  check_tensor("index", index, ScalarType::Int, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
+  check_tensor("flow", flow, ScalarType::Bool, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
+  check_tensor("active", active, ScalarType::Int, {m.n_nets, m.n_rows});
+  check_tensor("activations", activations, real, {rows * activation_width(s, parameters)});
+  check_tensor("h", h, real, {m.n_nets, m.n_modules, m.n_rows, m.width});
+  check_tensor("opened", opened, ScalarType::Bool, {m.n_nets, m.n_modules, m.n_rows, m.width});
+  Tensor d_x = fresh(x, {m.n_nets, m.n_rows, s.n_in}, to_x);
   check(!to_parameters || d_parameters.size() == parameters.size(), "d_parameters: expected ", parameters.size(),
         " tensors, got ", d_parameters.size());
   for (size_t i = 0; i < d_parameters.size(); ++i)
@@ -241,7 +237,7 @@ void network_backward(Tensor d_out, std::optional<Tensor> to_gate, Tensor x, Ten
           "d_parameters[", i, "]: expected a contiguous tensor like the parameter");
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Kernels<T>& kernel = kernels<T>(bf16);
+    const Kernels<T>& kernel = kernels<T>(precision);
     const Packed<T> packed = pack_network(kernel, s, parameters, true);
     const auto begin = begin_lines(m);
     const int64_t wide = rows * m.width;
@@ -276,6 +272,13 @@ void network_backward(Tensor d_out, std::optional<Tensor> to_gate, Tensor x, Ten
       kernel.network_backward(args, net, first, n_rows, sums);
     });
   });
+  return to_x ? sum_over_nets(d_x) : d_x;
 }
 
+STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {
+  m.impl("routed_network", TORCH_BOX(&routed_network));
+  m.impl("routed_network_backward", TORCH_BOX(&routed_network_backward));
+}
+
+}  // namespace
 }  // namespace d2r_fast

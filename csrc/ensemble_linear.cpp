@@ -1,5 +1,7 @@
 // Linear layers on the CPU: host side of linear_cpu.h.
-#include "operations.h"
+#include <tuple>
+
+#include "host.h"
 #include "parallel.h"
 
 namespace d2r_fast {
@@ -28,15 +30,15 @@ LinearSizes linear_sizes(const Tensor& x, const Tensor& weight) {
   return s;
 }
 
-}  // namespace
-
-void linear(Tensor x, Tensor weight, Tensor bias, bool relu, bool bf16, Tensor y) {
+Tensor ensemble_linear(Tensor x, Tensor weight, Tensor bias, bool relu, std::string precision) {
+  x = readable(x), weight = readable(weight), bias = readable(bias);
   const LinearSizes s = linear_sizes(x, weight);
-  check_tensor("bias", bias, x.scalar_type(), {s.n_nets, s.n_out});
-  check_tensor("y", y, x.scalar_type(), {s.n_nets, s.n_rows, s.n_out});
+  const ScalarType real = x.scalar_type();
+  check_tensor("bias", bias, real, {s.n_nets, s.n_out});
+  Tensor y = fresh(x, {s.n_nets, s.n_rows, s.n_out});
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Kernels<T>& kernel = kernels<T>(bf16);
+    const Kernels<T>& kernel = kernels<T>(precision);
     const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets, s.n_out, s.n_in, false);
     for_each_row_block(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
       const Layer<T> layer{s.n_in, s.n_out, relu, panels.get() + net * kernel.packed_bytes(s.n_in, s.n_out),
@@ -45,20 +47,21 @@ void linear(Tensor x, Tensor weight, Tensor bias, bool relu, bool bf16, Tensor y
                             data<T>(y) + (net * s.n_rows + first) * s.n_out);
     });
   });
+  return y;
 }
 
-void linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, bool bf16, bool to_x, bool to_weight, Tensor d_x,
-                     Tensor d_weight, Tensor d_bias) {
+std::tuple<Tensor, Tensor, Tensor> ensemble_linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu,
+                                                            std::string precision, bool to_x, bool to_weight) {
+  d_y = readable(d_y), x = readable(x), weight = readable(weight), y = readable(y);
   const LinearSizes s = linear_sizes(x, weight);
   const ScalarType real = x.scalar_type();
   check_tensor("d_y", d_y, real, {s.n_nets, s.n_rows, s.n_out});
   check_tensor("y", y, real, {s.n_nets, s.n_rows, s.n_out});
-  if (to_x) check_tensor("d_x", d_x, real, {s.n_nets, s.n_rows, s.n_in});
-  if (to_weight) check_tensor("d_weight", d_weight, real, {s.n_nets, s.n_out, s.n_in});
-  if (to_weight) check_tensor("d_bias", d_bias, real, {s.n_nets, s.n_out});
+  Tensor d_x = fresh(x, {s.n_nets, s.n_rows, s.n_in}, to_x);
+  Tensor d_weight = fresh(x, {s.n_nets, s.n_out, s.n_in}, to_weight), d_bias = fresh(x, {s.n_nets, s.n_out}, to_weight);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Kernels<T>& kernel = kernels<T>(bf16);
+    const Kernels<T>& kernel = kernels<T>(precision);
     std::unique_ptr<std::byte[]> panels;
     if (to_x) panels = pack_weights(kernel, const_data<T>(weight), s.n_nets, s.n_out, s.n_in, true);
     const std::vector<Gradient<T>> gradients{{to_weight ? data<T>(d_weight) : nullptr, s.n_out * s.n_in},
@@ -74,6 +77,13 @@ void linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu, b
                                            to_x ? data<T>(d_x) + row * s.n_in : nullptr, sums[0], sums[1]);
                   });
   });
+  return {to_x && x.dim() == 2 ? sum_over_nets(d_x) : d_x, d_weight, d_bias};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {
+  m.impl("ensemble_linear", TORCH_BOX(&ensemble_linear));
+  m.impl("ensemble_linear_backward", TORCH_BOX(&ensemble_linear_backward));
+}
+
+}  // namespace
 }  // namespace d2r_fast
