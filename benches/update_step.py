@@ -18,11 +18,12 @@ import psutil
 import torch
 from timing import Run, matmul, matmul_flop, measure, print_table, synchronise, write_report
 
-from d2r_fast.config import NetConfig, RunConfig
+from d2r_fast.config import RunConfig
 from d2r_fast.envs import MultiTaskEnvs
 from d2r_fast.learning.learner import Learner
 from d2r_fast.learning.replay import Replay, Transitions
 from d2r_fast.nets.agent import N_CRITICS, Agent
+from d2r_fast.nets.d2r import NetConfig
 from d2r_fast.ops import count_active
 from d2r_fast.ops.backends import PRECISIONS, availability
 from d2r_fast.presets import PRESETS

@@ -3,69 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from d2r_fast.envs.fidelity_table import EngineChoice, choose_engines
 from d2r_fast.envs.metaworld import Goals, parse_tasks
-from d2r_fast.ops.backends import Backend, Precision, choose_backend
-from d2r_fast.ops.select_routes import MAX_MODULES
+from d2r_fast.nets.d2r import NetConfig
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetConfig:
-    """Sizes and switches of one D2R network; actor and critics share them."""
-
-    n_modules: int = 16
-    """N, modules a network; route i chooses among i sources."""
-    top_k: int = 2
-    """K, sources kept a route; N keeps all of them (dense soft routing)."""
-    module_width: int = 128
-    """D, width of a module."""
-    base_width: int = 400
-    """H, width of the base's two layers and of the task row."""
-    route_widths: tuple[int, ...] = (256, 256)
-    """Hidden widths of the routing network."""
-    residual: bool = True
-    """Add a module's input to its output."""
-    resrouting: bool = True
-    """ResRouting: mask gradients into sources that today's routing would hardly pick."""
-    backend: Backend = "auto"
-    """What runs routes and modules: the fastest that can, or one of those that `d2r info` lists."""
-    precision: Precision = "float32"
-    """What operands of matrix products are rounded to; weights and sums stay float32."""
-
-    def __post_init__(self) -> None:
-        _require(1 <= self.n_modules <= MAX_MODULES, f"net.n_modules: expected 1..{MAX_MODULES}, got {self.n_modules}")
-        _require(
-            1 <= self.top_k <= self.n_modules,
-            f"net.top_k: expected 1..n_modules={self.n_modules}, got {self.top_k}",
-        )
-        for name in ("module_width", "base_width"):
-            _require(getattr(self, name) >= 1, f"net.{name}: expected at least 1, got {getattr(self, name)}")
-        _require(
-            len(self.route_widths) > 0 and min(self.route_widths) >= 1,
-            f"net.route_widths: expected one or more positive widths, got {self.route_widths}",
-        )
-
-    @property
-    def n_logits(self) -> int:
-        """R, routing logits a row: route i has i of them, i = 1..N."""
-        return self.n_modules * (self.n_modules + 1) // 2
-
-    def check_runs_on(self, device: torch.device) -> None:
-        """ValueError: `backend` cannot run there, or not at these widths or in this precision; says why."""
-        # The layers around the modules run on `cpp` where it is asked for, but never on Triton.
-        widest = max(self.module_width, self.base_width, *self.route_widths)
-        width = widest if self.backend == "cpp" else self.module_width
-        try:
-            choose_backend(self.backend, torch.empty(0, device=device), width, self.precision)
-        except ValueError as error:
-            raise ValueError(f"net.{error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

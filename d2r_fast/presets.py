@@ -1,7 +1,8 @@
 """Named run configurations."""
 
-from d2r_fast.config import EnvConfig, EvalConfig, NetConfig, RunConfig, SacConfig
+from d2r_fast.config import EnvConfig, EvalConfig, RunConfig, SacConfig
 from d2r_fast.envs.metaworld import Goals
+from d2r_fast.nets.d2r import NetConfig
 
 
 def _like_mt50(name: str, tasks: str, n_tasks: int, goals: Goals = "random") -> RunConfig:

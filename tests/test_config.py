@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from d2r_fast.config import EnvConfig, EvalConfig, NetConfig, RunConfig, SacConfig
+from d2r_fast.config import EnvConfig, EvalConfig, RunConfig, SacConfig
 from d2r_fast.envs.metaworld import MT10
+from d2r_fast.nets.d2r import NetConfig
 
 NAN = float("nan")
 

@@ -9,8 +9,8 @@ import d2r_fast
 
 PACKAGE = Path(d2r_fast.__file__).parent
 
-# Each may import those below it, and itself. Settings stand below networks, which are made from them, and above
-# environments and operations, which say what a setting may be.
+# Each may import those below it, and itself. A run's settings stand above networks, environments and operations, which
+# say what a setting may be.
 ROOMS = (
     "__main__ cli",
     "commands",
@@ -18,10 +18,10 @@ ROOMS = (
     "training",
     "evaluation",
     "learning",
-    "nets",
     "config_json",
     "presets",
     "config",
+    "nets",
     "envs",
     "ops kernels",  # an operation looks for its Triton kernels when it first needs them; they know its limits
     "host",

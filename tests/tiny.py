@@ -1,6 +1,7 @@
 """Sizes at which a network acts and a run trains in a second."""
 
-from d2r_fast.config import EnvConfig, EvalConfig, NetConfig, RunConfig
+from d2r_fast.config import EnvConfig, EvalConfig, RunConfig
+from d2r_fast.nets.d2r import NetConfig
 
 NET = NetConfig(n_modules=4, top_k=2, module_width=8, base_width=16, route_widths=(8,))
 

@@ -43,7 +43,7 @@ step() {
 }
 
 tests() {
-  local workers=() file check backend dtype
+  local workers=() file check backend dtype vectors
   if python3 -c 'import xdist' 2> /dev/null; then workers=(-n 8); fi # every shape is a kernel to compile
   # Each file in processes of its own: a kernel that faults takes the device with it.
   for file in test_gpu test_gpu_acting; do
@@ -53,8 +53,10 @@ tests() {
     python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/kernels/test_triton_kernels.py
   for check in "reference float64" "reference float32" "triton float32"; do
     read -r backend dtype <<< "$check"
-    step "golden_${backend}_$dtype" 30 1 \
-      python3 tests/check_golden.py tests/golden --device cuda --backend "$backend" --dtype "$dtype"
+    for vectors in golden golden_baselines; do
+      step "${vectors}_${backend}_$dtype" 30 1 \
+        python3 tests/check_golden.py "tests/$vectors" --device cuda --backend "$backend" --dtype "$dtype"
+    done
   done
   step precision_error 40 8 \
     python3 benches/precision_error.py --device cuda --json "$results/precision_error_cuda.json"

@@ -9,7 +9,7 @@ wheel=$(realpath dist/*-py3-none-linux_*.whl)
 mkdir -p "$envs"
 folder=$(realpath "$(mktemp -d -p "$envs" wheel-XXXX)")
 trap 'rm -rf "$folder"' EXIT
-cp -r tests/check_golden.py tests/golden constraints.txt "$folder"
+cp -r tests/check_golden.py tests/golden tests/golden_baselines constraints.txt "$folder"
 cd "$folder"
 unset PYTHONPATH
 
@@ -20,8 +20,10 @@ if venv/bin/d2r train quick; then
   echo "expected d2r train to need the training extra" >&2
   exit 1
 fi
-venv/bin/python check_golden.py golden --backend cpp | tail -n 1
-venv/bin/python check_golden.py golden --backend cpp --dtype float32 | tail -n 1
+for vectors in golden golden_baselines; do
+  venv/bin/python check_golden.py "$vectors" --backend cpp | tail -n 1
+  venv/bin/python check_golden.py "$vectors" --backend cpp --dtype float32 | tail -n 1
+done
 venv/bin/python -m pip install --quiet "$wheel[train]" -c constraints.txt
 venv/bin/d2r info
 echo "wheel-check: $(basename "$wheel") runs on $(venv/bin/python --version), torch $torch"

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from d2r_fast.config import NetConfig
-from d2r_fast.nets.d2r import GREEDY, RouteChoice, RoutedNetwork
+from d2r_fast.nets.d2r import GREEDY, NetConfig, RouteChoice, RoutedNetwork
 from d2r_fast.ops import Routes
 
 LOG_STD_RANGE = (-20.0, 2.0)

@@ -11,19 +11,20 @@ dev   paper                              published code                       he
 5     -                                  a Parameter handed to Adam           a buffer of the agent, set by `sac.update`
 """
 
-from dataclasses import replace
-from itertools import pairwise
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from d2r_fast.config import NetConfig
-from d2r_fast.ops import Routes, ensemble_linear, routed_modules, routed_network, select_routes
-from d2r_fast.ops.arguments import require_tensor, under_autocast
+from d2r_fast.nets.layers import EnsembleLinear, linear_layers, multiply_adds, uniform
+from d2r_fast.nets.network import check_rows
+from d2r_fast.nets.settings import NetConfigBase, Role, require
+from d2r_fast.ops import Routes, routed_modules, routed_network, select_routes
+from d2r_fast.ops.arguments import under_autocast
 from d2r_fast.ops.backends import choose_backend
 from d2r_fast.ops.ensemble_linear import FEWEST_ROWS
-from d2r_fast.ops.select_routes import RouteMode
+from d2r_fast.ops.select_routes import MAX_MODULES, RouteMode
 
 
 class RouteChoice(NamedTuple):
@@ -46,23 +47,51 @@ class RouteChoice(NamedTuple):
 GREEDY = RouteChoice()
 
 
-class EnsembleLinear(nn.Module):
-    """E linear layers as one: [E,B,in] or [B,in] (shared input) -> [E,B,out], with a ReLU behind them if asked for.
+@dataclass(frozen=True, kw_only=True)
+class NetConfig(NetConfigBase):
+    """Sizes and switches of one D2R network; actor and critics share them."""
 
-    Weights start uniform in +-`init_range` (1/sqrt(out) unless told), biases at 0.1 or, with an init_range, like the
-    weights: the published initial values.
-    """
+    kind: ClassVar[str] = "d2r"
 
-    def __init__(self, n_nets: int, n_in: int, n_out: int, cfg: NetConfig, init_range: float | None = None):
-        super().__init__()
-        self._cfg = cfg
-        bound = n_out**-0.5 if init_range is None else init_range
-        self.weight = nn.Parameter(torch.empty(n_nets, n_out, n_in).uniform_(-bound, bound))
-        bias = torch.empty(n_nets, n_out)
-        self.bias = nn.Parameter(bias.fill_(0.1) if init_range is None else bias.uniform_(-bound, bound))
+    n_modules: int = 16
+    """N, modules a network; route i chooses among i sources."""
+    top_k: int = 2
+    """K, sources kept a route; N keeps all of them (dense soft routing)."""
+    module_width: int = 128
+    """D, width of a module."""
+    base_width: int = 400
+    """H, width of the base's two layers and of the task row."""
+    route_widths: tuple[int, ...] = (256, 256)
+    """Hidden widths of the routing network."""
+    residual: bool = True
+    """Add a module's input to its output."""
+    resrouting: bool = True
+    """ResRouting: mask gradients into sources that today's routing would hardly pick."""
 
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        return ensemble_linear(x, self.weight, self.bias, relu, self._cfg.backend, self._cfg.precision)
+    def __post_init__(self) -> None:
+        require(1 <= self.n_modules <= MAX_MODULES, f"net.n_modules: expected 1..{MAX_MODULES}, got {self.n_modules}")
+        require(
+            1 <= self.top_k <= self.n_modules,
+            f"net.top_k: expected 1..n_modules={self.n_modules}, got {self.top_k}",
+        )
+        self.require_positive("module_width", "base_width", "route_widths")
+
+    @property
+    def n_logits(self) -> int:
+        return self.n_modules * (self.n_modules + 1) // 2
+
+    @property
+    def route_shape(self) -> tuple[int, int]:
+        return self.n_modules, self.top_k
+
+    @property
+    def widest(self) -> int:
+        # The layers around the modules run on `cpp` where it is asked for, but never on Triton.
+        around = (self.base_width, *self.route_widths) if self.backend == "cpp" else ()
+        return max((self.module_width, *around))
+
+    def make(self, n_in: int, n_out: int, n_tasks: int, n_nets: int, role: Role) -> "RoutedNetwork":
+        return RoutedNetwork(n_in, n_out, n_tasks, n_nets, self)
 
 
 class RoutedNetwork(nn.Module):
@@ -78,18 +107,15 @@ class RoutedNetwork(nn.Module):
         super().__init__()
         self.cfg, self.n_in, self.n_tasks, self.n_nets = cfg, n_in, n_tasks, n_nets
         hidden, width = cfg.base_width, cfg.module_width
-        self.base = nn.ModuleList(
-            [EnsembleLinear(n_nets, n_in, hidden, cfg), EnsembleLinear(n_nets, hidden, hidden, cfg)]
-        )
+        self.base = linear_layers(n_nets, (n_in, hidden, hidden), cfg)
         # A row of its weight, not a product: nothing to round.
         self.task = EnsembleLinear(n_nets, n_tasks, hidden, replace(cfg, precision="float32"))
-        route_widths = (hidden, *cfg.route_widths, cfg.n_logits)
-        self.route = nn.ModuleList(EnsembleLinear(n_nets, n, m, cfg) for n, m in pairwise(route_widths))
+        self.route = linear_layers(n_nets, (hidden, *cfg.route_widths, cfg.n_logits), cfg)
         self.module0 = EnsembleLinear(n_nets, hidden, width, cfg)
         bound = width**-0.5
         self.module_weight = nn.Parameter(torch.empty(n_nets, cfg.n_modules - 1, width, width).uniform_(-bound, bound))
         self.module_bias = nn.Parameter(torch.full((n_nets, cfg.n_modules - 1, width), 0.1))
-        self.head = EnsembleLinear(n_nets, width, n_out, cfg, init_range=3e-3)
+        self.head = EnsembleLinear(n_nets, width, n_out, cfg, initial=uniform(3e-3))
 
     def forward(self, x: Tensor, task: Tensor, choice: RouteChoice = GREEDY) -> tuple[Tensor, Routes]:
         """x [B,n_in] float, task [B] integer in [0,T) -> out [E,B,n_out], routes.
@@ -98,19 +124,7 @@ class RoutedNetwork(nn.Module):
         On the CPU all layers run as one operation, unless a layer has hooks.
         ValueError: x or task has another shape, dtype or device, or `choice` does not fit the rows.
         """
-        require_tensor("x", x, "float")
-        require_tensor("task", task, "integer")
-        if x.dim() != 2 or x.shape[1] != self.n_in:
-            raise ValueError(f"x: expected [B,{self.n_in}], got {list(x.shape)}")
-        if task.shape != x.shape[:1]:
-            raise ValueError(f"task: expected [B={x.shape[0]}], got {list(task.shape)}")
-        device, dtype = self.module_weight.device, self.module_weight.dtype
-        for name, value in (("x", x), ("task", task)):
-            if value.device != device:
-                raise ValueError(f"{name}: expected device {device} like the parameters, got {value.device}")
-        may_differ = under_autocast(x) and torch.float64 not in (x.dtype, dtype)  # autocast leaves float64 alone
-        if x.dtype != dtype and not may_differ:
-            raise ValueError(f"x: expected {dtype} like the parameters, got {x.dtype}")
+        check_rows(self, x, task)
         cfg = self.cfg
         masked = cfg.resrouting and self.training
         if self.runs_as_one(x):
@@ -144,6 +158,11 @@ class RoutedNetwork(nn.Module):
         widest = max(self.n_in, cfg.base_width, cfg.module_width, *cfg.route_widths, self.head.weight.shape[1])
         few = cfg.backend == "auto" and self.n_nets * len(x) < FEWEST_ROWS
         return not few and choose_backend(cfg.backend, x, widest, cfg.precision) == "cpp"
+
+    @property
+    def multiply_adds(self) -> int:
+        """A row of one network with all of its modules active."""
+        return multiply_adds(*self.base, *self.route, self.module0, self.head) + self.module_weight[0].numel()
 
     def in_order(self) -> list[Tensor]:
         """The parameters as `routed_network` takes them."""

@@ -43,9 +43,11 @@ def make_batch(device: str) -> Batch:
 )
 def test_golden_vectors(backend: str, dtype: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    n_files, _, worst = check_directory(Path(__file__).parents[1] / "golden", dtype, device="cuda", backend=backend)
-    assert n_files == 11
-    assert worst <= LIMIT[dtype]
+    for folder, n_files in (("golden", 11), ("golden_baselines", 16)):
+        done = check_directory(Path(__file__).parents[1] / folder, dtype, device="cuda", backend=backend)
+        assert done.n_files == n_files
+        assert done.worst <= LIMIT[dtype]
+        assert not done.beyond
 
 
 def test_updates_agree_with_the_cpu() -> None:

@@ -1,11 +1,14 @@
 """The network and its ensemble: initial values, sizes, a slow oracle, modes, dtypes, and published parameters."""
 
+import dataclasses
+
 import pytest
 import slow_sac
 import torch
 
 from d2r_fast import Agent, Critics, NetConfig, RouteChoice, RoutedNetwork, load_published
-from d2r_fast.nets.d2r import GREEDY, EnsembleLinear
+from d2r_fast.nets.d2r import GREEDY
+from d2r_fast.nets.layers import EnsembleLinear
 from d2r_fast.ops import backends
 from d2r_fast.ops.backends import BACKENDS, PRECISIONS
 from d2r_fast.ops.gumbel import gumbel
@@ -143,7 +146,7 @@ def test_shapes(n, k):
     ids=["plain", "nores", "noresrouting", "K5", "N1", "one_route_layer"],
 )
 def test_matches_the_slow_network(changes, training, mode):
-    cfg = NetConfig(**{f: getattr(CFG, f) for f in CFG.__dataclass_fields__} | changes)
+    cfg = dataclasses.replace(CFG, **changes)
     net = make_net(2, cfg).train(training)
     x, task = make_rows(8)
     choice, choose = choices(2, 8, cfg)[mode]
