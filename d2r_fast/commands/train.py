@@ -1,6 +1,5 @@
 """`d2r train`: a run from a preset or a config.json, or one that goes on, and what is told at its end."""
 
-import dataclasses
 import resource
 import sys
 import time
@@ -19,7 +18,13 @@ from d2r_fast.presets import PRESETS
 from d2r_fast.training.checkpoint import checkpoint_files, find_checkpoint
 from d2r_fast.training.claim import Claim
 from d2r_fast.training.metrics import read_metrics
-from d2r_fast.training.saved_run import RESUMABLE_FIELDS, begun_without_checkpoint, notes_on_resume, read_saved_run
+from d2r_fast.training.saved_run import (
+    RESUMABLE_FIELDS,
+    begun_without_checkpoint,
+    first_change,
+    notes_on_resume,
+    read_saved_run,
+)
 from d2r_fast.training.trainer import Trainer
 
 # What a run directory may hold that a start left behind which was killed before there was a run.
@@ -59,13 +64,11 @@ def _resume(wanted: Path, args: list[str]) -> Trainer:
             found = read_saved_run(wanted)
             saved, state, notes = found.cfg, found.state, notes_on_resume(found, run_dir)
         cfg = tyro.cli(RunConfig, prog=f"d2r train --resume {wanted}", default=saved, args=args)
-        for field in dataclasses.fields(RunConfig):
-            before, after = getattr(saved, field.name), getattr(cfg, field.name)
-            if before != after and field.name not in RESUMABLE_FIELDS:
-                raise ValueError(
-                    f"--resume: {field.name} cannot change, the saved run has {before}; a resumed run may change "
-                    f"{', '.join(sorted(RESUMABLE_FIELDS))}"
-                )
+        if (change := first_change(saved, cfg)) is not None:
+            raise ValueError(
+                f"--resume: {change[0]} cannot change, the saved run has {change[1]}; a resumed run may change "
+                f"{', '.join(sorted(RESUMABLE_FIELDS))}"
+            )
         trainer = Trainer(cfg, run_dir, resume=state, claim=claim)
     except BaseException:
         claim.release()

@@ -9,6 +9,7 @@ from d2r_fast.config import RunConfig
 from d2r_fast.config_json import config_from_json, config_to_json, read_config
 from d2r_fast.host.files import whole_file
 from d2r_fast.learning.saved_state import count, describe, field
+from d2r_fast.nets.settings import NetConfigBase
 from d2r_fast.training.checkpoint import (
     DamagedCheckpoint,
     checkpoint_files,
@@ -135,19 +136,25 @@ def _directory_config(run_dir: Path) -> RunConfig | None:
 
 def _difference(saved: RunConfig, here: RunConfig | None) -> str:
     """The first setting in which a checkpoint and its directory differ, but for those that a resume may change."""
-    if here is None:
+    if here is None or (first := first_change(saved, here)) is None:
         return ""
+    name, a, b = first
+    return f"{name} is {a} in the checkpoint and {b} in the directory"
+
+
+def first_change(saved: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
+    """The first setting in which two runs differ, but for those that a resume may change: its dotted name, its values."""
     for name in (f.name for f in dataclasses.fields(RunConfig) if f.name not in RESUMABLE_FIELDS):
-        a, b = getattr(saved, name), getattr(here, name)
-        if a != b and dataclasses.is_dataclass(a):
-            name, a, b = next(
-                (f"{name}.{f.name}", getattr(a, f.name), getattr(b, f.name))
-                for f in dataclasses.fields(a)
-                if getattr(a, f.name) != getattr(b, f.name)
-            )
-        if a != b:
-            return f"{name} is {a} in the checkpoint and {b} in the directory"
-    return ""
+        a, b = getattr(saved, name), getattr(other, name)
+        if a == b:
+            continue
+        if isinstance(a, NetConfigBase) and type(a) is not type(b):
+            return f"{name}.kind", a.kind, b.kind
+        if dataclasses.is_dataclass(a):
+            inner = next(f.name for f in dataclasses.fields(a) if getattr(a, f.name) != getattr(b, f.name))
+            return f"{name}.{inner}", getattr(a, inner), getattr(b, inner)
+        return name, a, b
+    return None
 
 
 def begun_without_checkpoint(run_dir: Path) -> bool:

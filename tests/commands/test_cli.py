@@ -452,8 +452,8 @@ def test_an_empty_folder_is_taken(tiny_json, tmp_path):
     [
         ("--seed 1", "seed cannot change, the saved run has 0"),
         ("--batch-size 16", "batch_size cannot change, the saved run has 8; a resumed run may change"),
-        ("--net.top-k 1", "net cannot change, the saved run has NetConfig(n_modules=4, top_k=2"),
-        ("--env.tasks reach,push", "env cannot change"),
+        ("--net.top-k 1", "net.top_k cannot change, the saved run has 2;"),
+        ("--env.tasks reach,push", "env.tasks cannot change, the saved run has reach,drawer-close"),
         ("--no-deterministic", "deterministic cannot change, the saved run has True"),
         ("--total-steps 21", "total_steps: expected a multiple of chunk_steps=5, got 21"),
         ("--totalsteps 25", "Unrecognized options: --totalsteps"),
