@@ -19,9 +19,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from d2r_fast.kernels import optimiser_step
+from d2r_fast.kernels.gumbel import LAUNCH as GUMBEL_LAUNCH
+from d2r_fast.kernels.gumbel import gumbel_kernel
+from d2r_fast.kernels.replay_rows import replay_rows_kernel, rows_launch
 from d2r_fast.kernels.routed_modules import routed_modules_bwd_kernel, routed_modules_fwd_kernel
+from d2r_fast.kernels.sac_losses import losses_launch, sac_losses_kernel
 from d2r_fast.kernels.select_routes import route_launch, select_routes_bwd_kernel, select_routes_fwd_kernel
 from d2r_fast.kernels.settings import gradient_launch, walk_launch
+from d2r_fast.kernels.squashed_normal import (
+    policy_launch,
+    squashed_normal_bwd_kernel,
+    squashed_normal_fwd_kernel,
+)
 from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_kernel, weight_gradient_reduce_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -40,9 +50,17 @@ MAX_SHARED = 227 * 1024
 """Bytes of shared memory that one program can have on sm_90."""
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
-ALIGNED = ("n_weights", "n_biases")  # E*(N-1)*D*D and E*(N-1)*D: the launcher sees multiples of 16 at every size here
-INTEGERS = ("index_ptr", "given_ptr", "active_ptr", "order_ptr", "list_ptr")
-FLAGS = ("opened_ptr", "flow_ptr")
+ALIGNED = ("n_weights", "n_biases", "n", "targets_begin", "n_targets")
+"""Whole numbers that the launcher finds to be multiples of 16 at every size here."""
+TYPES = {
+    "*i32": ("index_ptr", "given_ptr", "active_ptr", "order_ptr", "list_ptr"),
+    "*i64": ("size_ptr", "step_ptr", "table_ptr"),
+    "*u8": ("route_ptr", "routes_ptr"),
+    "*i1": ("opened_ptr", "flow_ptr", "ended_ptr"),
+    "*fp64": ("share_ptr", "corrections_ptr"),
+}
+"""What pointers point to, by name; float32 otherwise."""
+N_OBS, N_ACTIONS = 39, 4  # Meta-World's
 
 
 class Row(NamedTuple):
@@ -89,6 +107,29 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS)["SPLIT_ROWS"])
     reduce = {"N_SPLITS": n_splits} | REDUCE_LAUNCH
     yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
+    yield from cases_of_the_update()
+
+
+def cases_of_the_update() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
+    """As `cases`: the update's own operations, between and after the networks."""
+    yield "gumbel", "any", "float32", gumbel_kernel, {"TINY": 1.1754943508222875e-38} | GUMBEL_LAUNCH
+    for a in (1, N_ACTIONS, 7):
+        yield "squashed_normal_fwd", f"A{a}", "float32", squashed_normal_fwd_kernel, policy_launch(a)
+        yield "squashed_normal_bwd", f"A{a}", "float32", squashed_normal_bwd_kernel, policy_launch(a)
+    for n, k in ((16, 2), (32, 4)):
+        launch = rows_launch(N_OBS, N_ACTIONS, n * k)
+        yield "replay_rows", f"N{n}-K{k}", "float32", replay_rows_kernel, launch
+    settings = {"GAMMA": 0.99, "TARGET_ENTROPY": -4.0, "MAX_TASK_LOSS": 3000.0}
+    for n_tasks, per_task in ((10, 128), (50, 128), (10, 4), (1, 5000)):
+        launch = losses_launch(2, n_tasks, per_task) | settings
+        yield "sac_losses", f"T{n_tasks}-n{per_task}", "float32", sac_losses_kernel, launch
+    squares, adam = optimiser_step.optimiser_squares_kernel, optimiser_step.optimiser_adam_kernel
+    yield "optimiser_squares", "any", "float32", squares, optimiser_step.squares_launch(0.9, 0.999)
+    launch = optimiser_step.adam_launch(400, [3e-4] * 4, 0.9, 0.999, 1e-8, 1.0, 0.005)
+    yield "optimiser_adam", "any", "float32", adam, launch
+    for n_tasks in (10, 50):
+        launch = optimiser_step.tasks_launch(n_tasks)
+        yield "optimiser_tasks", f"T{n_tasks}", "float32", optimiser_step.optimiser_tasks_kernel, launch
 
 
 def compile_kernel(label: str, size: str, precision: str, kernel: Any, launch: dict[str, Any]) -> Row:
@@ -146,7 +187,7 @@ def uneven_sums(ptx: str) -> int:
 def _type_of(name: str) -> str:
     if not name.endswith("_ptr"):
         return "i32"
-    return "*i32" if name in INTEGERS else "*i1" if name in FLAGS else "*fp32"
+    return next((kind for kind, names in TYPES.items() if name in names), "*fp32")
 
 
 def _run(tool: str, *arguments: str) -> str:

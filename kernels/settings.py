@@ -1,5 +1,6 @@
 """Launch settings of the routed modules: what the launchers pass is, word for word, what `compile_report` compiles."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,28 @@ def check_dtype(name: str, value: Tensor) -> None:
 def packed(value: Tensor) -> Tensor:
     """Contiguous, and as it reads: torch may hold numbers with the other sign and a bit that says so."""
     return value.resolve_neg().contiguous()
+
+
+def check_real(name: str, value: Tensor) -> torch.dtype:
+    """The dtype of `value`, float32 or float64: of kernels that make no products."""
+    if value.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name}: expected torch.float32 or torch.float64, got {value.dtype}")
+    return value.dtype
+
+
+def check_tensor(name: str, value: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    """ValueError: another dtype or shape, which a kernel would read past its end."""
+    if value.dtype != dtype:
+        raise ValueError(f"{name}: expected a tensor of {dtype}, got {value.dtype}")
+    if list(value.shape) != list(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+
+
+def check_in_place(name: str, value: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    """As `check_tensor`, of what a kernel changes, or what is too large to copy. ValueError: it is not contiguous."""
+    check_tensor(name, value, dtype, shape)
+    if not value.is_contiguous() or value.is_neg():
+        raise ValueError(f"{name}: expected a contiguous tensor")
 
 
 def _settings(kernel: str, precision: str, width: int) -> Settings:

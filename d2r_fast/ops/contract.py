@@ -13,6 +13,7 @@ import torch
 from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 
+from d2r_fast.ops.backends import STATE
 from d2r_fast.ops.cpp import library
 
 LIBRARY = torch.library.Library("d2r_fast", "FRAGMENT")
@@ -41,9 +42,19 @@ def _refuse(*_: Any) -> None:
     library.require()
 
 
-def launcher(op: str, function: str) -> Run:
-    """`function` of d2r_fast.kernels.`op`; Triton is imported only where it runs."""
-    return lambda *args: getattr(import_module(f"d2r_fast.kernels.{op}"), function)(*args)
+def launcher(op: str, function: str, reference: Run | None = None) -> Run:
+    """`function` of d2r_fast.kernels.`op`; Triton is imported only where it runs, on the device of the first argument.
+
+    reference  runs where Triton is not installed; None: nothing calls this there
+    """
+
+    def run(*args: Any) -> Any:
+        if reference is not None and STATE["triton"] != "ready":
+            return reference(*args)
+        with torch.cuda.device_of(args[0]):
+            return getattr(import_module(f"d2r_fast.kernels.{op}"), function)(*args)
+
+    return run
 
 
 def without_autograd(operation: OpOverload) -> Run:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from d2r_fast.ops.contract import define
+from d2r_fast.ops.contract import define, launcher
 
 
 def gumbel(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -18,4 +18,9 @@ def reference(uniform: Tensor) -> None:
     uniform.clamp_(min=torch.finfo(uniform.dtype).tiny).log_().neg_().log_().neg_()
 
 
-_gumbel_ = define("gumbel_(Tensor(a!) uniform) -> ()", reference, lambda uniform: None)
+_gumbel_ = define(
+    "gumbel_(Tensor(a!) uniform) -> ()",
+    reference,
+    lambda uniform: None,
+    launcher("gumbel", "gumbel_", reference),
+)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2r_fast.ops.contract import define
+from d2r_fast.ops.contract import define, launcher
 
 
 def reference(
@@ -75,4 +75,5 @@ optimiser_step = define(
     "float[] learning_rates, float beta1, float beta2, float eps, float max_norm, float target_rate) -> Tensor",
     reference,
     lambda values, *rest: values.new_empty(len(rest[9])),
+    launcher("optimiser_step", "optimiser_step", reference),
 )

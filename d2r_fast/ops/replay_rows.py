@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2r_fast.ops.contract import define
+from d2r_fast.ops.contract import define, launcher
 
 
 class ReplayRows(NamedTuple):
@@ -62,4 +62,5 @@ replay_rows = define(
     "Tensor share, Tensor size) -> (Tensor, Tensor, Tensor, Tensor)",
     reference,
     _shapes,
+    launcher("replay_rows", "replay_rows", reference),
 )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2r_fast.ops.contract import define
+from d2r_fast.ops.contract import define, launcher
 
 
 class LossGradients(NamedTuple):
@@ -96,4 +96,5 @@ sac_losses = define(
         q.new_empty(q.shape),
         logp.new_empty(logp.shape),
     ),
+    launcher("sac_losses", "sac_losses", reference),
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from d2r_fast.ops.arguments import require_tensor
-from d2r_fast.ops.contract import define
+from d2r_fast.ops.contract import define, launcher
 
 LOG_STD_RANGE = (-20.0, 2.0)
 EDGE = 1e-6  # keeps the logarithm finite where the tanh is saturated
@@ -56,11 +56,13 @@ squash = define(
     "squashed_normal(Tensor out, Tensor noise, Tensor(a!) action) -> Tensor",
     reference,
     lambda out, noise, action: out.new_empty(out.shape[0]),
+    launcher("squashed_normal", "forward", reference),
 )
 squash_backward = define(
     "squashed_normal_backward(Tensor d_action, Tensor d_logp, Tensor out, Tensor noise, Tensor action) -> Tensor",
     reference_backward,
     lambda d_action, d_logp, out, noise, action: out.new_empty(out.shape),
+    launcher("squashed_normal", "backward", reference_backward),
 )
 
 

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
 MODULES = ("routed_modules", "weight_gradient", "select_routes")
+MODULES += ("gumbel", "squashed_normal", "sac_losses", "replay_rows", "optimiser_step")
 NARROW = ("N5-K2-D16", "N5-K2-D17")
 
 
@@ -50,6 +51,20 @@ def test_loads_are_wide_and_products_use_the_matrix_units(rows):
             continue
         assert row["wide_loads"] >= 4, row
         assert (row["product"] == "FFMA") == (row["precision"] == "float32"), row
+
+
+@pytest.mark.parametrize(
+    ("kernel", "size", "wide"),
+    [
+        ("gumbel", "any", 2),
+        ("squashed_normal_fwd", "A4", 3),
+        ("optimiser_squares", "any", 2),
+        ("optimiser_adam", "any", 10),  # two of each of five numbers a parameter
+    ],
+)
+def test_what_is_bound_by_bandwidth_has_wide_loads(rows, kernel, size, wide):
+    (row,) = [row for row in rows if (row["kernel"], row["size"]) == (kernel, size)]
+    assert row["wide_loads"] >= wide, row
 
 
 def test_threads_that_share_a_sum_agree_on_it(rows):
