@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class Checkout:
     """A process that makes the calls with the package of one checkout."""
 
     def __init__(self, folder: Path):
+        self._folder = folder
         self._process = subprocess.Popen(
             [sys.executable, HERE, "--serve"],
             stdin=subprocess.PIPE,
@@ -88,24 +90,31 @@ class Checkout:
 
     def us_per_call(self, operation: str, direction: str, n_calls: int) -> float:
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(operation, direction, n_calls, file=self._process.stdin, flush=True)
-        return float(self._process.stdout.readline())
+        with suppress(BrokenPipeError):  # from a process that has ended
+            print(operation, direction, n_calls, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self._folder}: the process ended before it answered")
+        return float(answer)
 
 
 def measure_pairs(here: Path, against: Path | None, rounds: int, n_calls: int) -> list[dict[str, Any]]:
     """A row for each operation and direction: microseconds here, there, and here over there."""
     rows = []
-    with Checkout(here) as ours, Checkout(against or here) as theirs:
+    with ExitStack() as stack:
+        checkouts = {"us": stack.enter_context(Checkout(here))}
+        if against is not None:
+            checkouts["against_us"] = stack.enter_context(Checkout(against))
         for operation in OPERATIONS:
             for direction in DIRECTIONS:
                 best: dict[str, float] = {}
                 for _ in range(rounds + 1):  # the first, which warms up, is the slowest
-                    for name, checkout in (("us", ours), ("against_us", theirs))[: 1 + (against is not None)]:
+                    for name, checkout in checkouts.items():
                         us = checkout.us_per_call(operation, direction, n_calls)
                         best[name] = min(us, best.get(name, us))
                 row: dict[str, Any] = {"operation": operation, "direction": direction}
                 row |= {name: round(us, 2) for name, us in best.items()}
-                if against is not None:
+                if len(best) == 2:
                     row["ratio"] = round(best["us"] / best["against_us"], 3)
                 rows.append(row)
     return rows
