@@ -50,7 +50,8 @@ def random_transitions(cfg: RunConfig, device: str) -> Transitions:
 
 def make_learner(cfg: RunConfig, device: str) -> Learner:
     torch.manual_seed(0)
-    agent = Agent(OBS, ACTIONS, cfg.n_tasks, cfg.net).to(device)
+    with torch.device(device):
+        agent = Agent(OBS, ACTIONS, cfg.n_tasks, cfg.net)
     capacity = cfg.n_tasks * ROWS_PER_TASK
     routes = (cfg.net.n_modules, cfg.net.top_k)
     replay = Replay(cfg.n_tasks, capacity, OBS, ACTIONS, routes, torch.device(device))

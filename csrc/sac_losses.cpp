@@ -14,31 +14,30 @@ T smaller(T a, T b) {
   return b < a || std::isnan(b) ? b : a;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor frozen_q, Tensor target_q, Tensor logp,
-                                                      Tensor next_logp, Tensor reward, Tensor terminal, Tensor log_alpha,
-                                                      double gamma, double target_entropy, double max_task_loss,
-                                                      Tensor d_log_alpha) {
+std::tuple<Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor target_q, Tensor logp, Tensor reward, Tensor terminal,
+                                              Tensor log_alpha, double gamma, double target_entropy, double max_task_loss,
+                                              Tensor d_log_alpha) {
   const ScalarType real = q.scalar_type();
-  check(q.dim() == 2, "q: expected [E,B], got ", shape_text(q.sizes()));
+  check(target_q.dim() == 2, "target_q: expected [E,B], got ", shape_text(target_q.sizes()));
   check(log_alpha.dim() == 1, "log_alpha: expected [T], got ", shape_text(log_alpha.sizes()));
-  const int64_t n_nets = q.size(0), n_rows = q.size(1), n_tasks = log_alpha.size(0);
-  check(n_nets >= 1 && n_tasks >= 1 && n_rows % n_tasks == 0, "q: expected [E,B] with B a multiple of ", n_tasks,
-        " tasks, got ", shape_text(q.sizes()));
-  check_tensor("q", q, real, {n_nets, n_rows});
-  check_tensor("frozen_q", frozen_q, real, {n_nets, n_rows});
+  const int64_t n_nets = target_q.size(0), n_rows = target_q.size(1), n_tasks = log_alpha.size(0);
+  check(n_nets >= 1 && n_tasks >= 1 && n_rows % n_tasks == 0, "target_q: expected [E,B] with B a multiple of ", n_tasks,
+        " tasks, got ", shape_text(target_q.sizes()));
+  check_tensor("q", q, real, {n_nets, 2 * n_rows});
   check_tensor("target_q", target_q, real, {n_nets, n_rows});
-  check_tensor("logp", logp, real, {n_rows});
-  check_tensor("next_logp", next_logp, real, {n_rows});
+  check_tensor("logp", logp, real, {2 * n_rows});
   check_tensor("reward", reward, real, {n_rows});
   check_tensor("terminal", terminal, real, {n_rows});
   check_tensor("log_alpha", log_alpha, real, {n_tasks});
   check_tensor("d_log_alpha", d_log_alpha, real, {n_tasks});
   Tensor losses = torch::stable::new_empty(q, {6, n_tasks});
-  Tensor d_q = torch::stable::empty_like(q), d_frozen_q = torch::stable::empty_like(q), d_logp = torch::stable::empty_like(logp);
+  Tensor d_q = torch::stable::empty_like(q), d_logp = torch::stable::empty_like(reward);
   with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
     const T* log_alpha_of = const_data<T>(log_alpha);
-    const auto at = [&](const Tensor& values, int64_t e, int64_t row) { return const_data<T>(values)[e * n_rows + row]; };
+    const auto q_at = [&](int64_t e, int64_t row) { return const_data<T>(q)[e * 2 * n_rows + row]; };
+    const auto frozen_at = [&](int64_t e, int64_t row) { return q_at(e, n_rows + row); };
+    const auto target_at = [&](int64_t e, int64_t row) { return const_data<T>(target_q)[e * n_rows + row]; };
     T least = log_alpha_of[0], sum = 0;
     for (int64_t t = 1; t < n_tasks; ++t) least = std::min(least, log_alpha_of[t]);
     for (int64_t t = 0; t < n_tasks; ++t) sum += std::exp(least - log_alpha_of[t]);
@@ -48,20 +47,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor frozen_q,
       const T mean = T(1) / per_task;
       T actor = 0, critic = 0, sum_logp = 0;
       for (int64_t row = t * per_task; row < (t + 1) * per_task; ++row) {
-        T best = at(frozen_q, 0, row), next = at(target_q, 0, row);
+        T best = frozen_at(0, row), next = target_at(0, row);
         for (int64_t e = 1; e < n_nets; ++e) {
-          best = smaller(best, at(frozen_q, e, row));
-          next = smaller(next, at(target_q, e, row));
+          best = smaller(best, frozen_at(e, row));
+          next = smaller(next, target_at(e, row));
         }
         const T own_logp = const_data<T>(logp)[row];
         const T y = const_data<T>(reward)[row] +
-                    T(gamma) * (1 - const_data<T>(terminal)[row]) * (next - alpha * const_data<T>(next_logp)[row]);
+                    T(gamma) * (1 - const_data<T>(terminal)[row]) * (next - alpha * const_data<T>(logp)[n_rows + row]);
         sum_logp += own_logp;
         actor += weight * (alpha * own_logp - best);
         for (int64_t e = 0; e < n_nets; ++e) {
-          const T error = at(q, e, row) - y;
+          const T error = q_at(e, row) - y;
           critic += weight * error * error;
-          data<T>(d_q)[e * n_rows + row] = 2 * weight * error;
+          data<T>(d_q)[e * 2 * n_rows + row] = 2 * weight * error;
         }
       }
       const T mean_logp = sum_logp * mean;
@@ -77,20 +76,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor frozen_q,
       data<T>(d_log_alpha)[t] = kept ? -(mean_logp + T(target_entropy)) / n_tasks : T(0);
       for (int64_t row = t * per_task; row < (t + 1) * per_task; ++row) {
         data<T>(d_logp)[row] = kept ? share * weight * alpha : T(0);
-        T best = at(frozen_q, 0, row);
-        for (int64_t e = 1; e < n_nets; ++e) best = smaller(best, at(frozen_q, e, row));
+        T best = frozen_at(0, row);
+        for (int64_t e = 1; e < n_nets; ++e) best = smaller(best, frozen_at(e, row));
         int64_t n_best = 0;
-        for (int64_t e = 0; e < n_nets; ++e) n_best += at(frozen_q, e, row) == best;
+        for (int64_t e = 0; e < n_nets; ++e) n_best += frozen_at(e, row) == best;
         for (int64_t e = 0; e < n_nets; ++e) {
-          T& d = data<T>(d_q)[e * n_rows + row];
-          d = kept ? d * share : T(0);
+          T* d = data<T>(d_q) + e * 2 * n_rows + row;
+          d[0] = kept ? d[0] * share : T(0);
           // Equal ones share the gradient.
-          data<T>(d_frozen_q)[e * n_rows + row] = kept && at(frozen_q, e, row) == best ? -share * weight / n_best : T(0);
+          d[n_rows] = kept && frozen_at(e, row) == best ? -share * weight / n_best : T(0);
         }
       }
     }
   });
-  return {losses, d_q, d_frozen_q, d_logp};
+  return {losses, d_q, d_logp};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {

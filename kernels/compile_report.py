@@ -23,6 +23,13 @@ from d2r_fast.kernels import optimiser_step
 from d2r_fast.kernels.gumbel import LAUNCH as GUMBEL_LAUNCH
 from d2r_fast.kernels.gumbel import gumbel_kernel
 from d2r_fast.kernels.replay_rows import replay_rows_kernel, rows_launch
+from d2r_fast.kernels.layers import (
+    BIAS_LAUNCH,
+    ELEMENTS_LAUNCH,
+    bias_gradient_kernel,
+    split_base_bwd_kernel,
+    split_base_kernel,
+)
 from d2r_fast.kernels.routed_modules import routed_modules_bwd_kernel, routed_modules_fwd_kernel
 from d2r_fast.kernels.sac_losses import losses_launch, sac_losses_kernel
 from d2r_fast.kernels.select_routes import route_launch, select_routes_bwd_kernel, select_routes_fwd_kernel
@@ -53,8 +60,8 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 ALIGNED = ("n_weights", "n_biases", "n", "targets_begin", "n_targets")
 """Whole numbers that the launcher finds to be multiples of 16 at every size here."""
 TYPES = {
-    "*i32": ("index_ptr", "given_ptr", "active_ptr", "order_ptr", "list_ptr"),
-    "*i64": ("size_ptr", "step_ptr", "table_ptr"),
+    "*i32": ("index_ptr", "given_ptr", "active_ptr", "list_ptr"),
+    "*i64": ("size_ptr", "step_ptr", "table_ptr", "order_ptr", "place_ptr"),
     "*u8": ("route_ptr", "routes_ptr"),
     "*i1": ("opened_ptr", "flow_ptr", "ended_ptr"),
     "*fp64": ("share_ptr", "corrections_ptr"),
@@ -107,6 +114,9 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS)["SPLIT_ROWS"])
     reduce = {"N_SPLITS": n_splits} | REDUCE_LAUNCH
     yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
+    yield "split_base", "any", "float32", split_base_kernel, ELEMENTS_LAUNCH
+    yield "split_base_bwd", "H400", "float32", split_base_bwd_kernel, {"H": 400} | ELEMENTS_LAUNCH
+    yield "bias_gradient", "any", "float32", bias_gradient_kernel, BIAS_LAUNCH
     yield from cases_of_the_update()
 
 

@@ -35,7 +35,9 @@ def routed_modules_fwd_kernel(
     Invariant: an active module's sources are active, so no load that the masks let through meets unwritten memory.
     """
     net = tl.program_id(1).to(tl.int64)
-    row, inside, active = tile_rows(active_ptr, order_ptr, net * n_rows, n_rows, tl.program_id(0), BLOCK_ROWS)
+    if order_ptr is not None:
+        order_ptr += net * n_rows
+    row, inside, active = tile_rows(active_ptr + net * n_rows, order_ptr, n_rows, tl.program_id(0), BLOCK_ROWS)
     col = tl.arange(0, BLOCK_D)
     in_width = (col < D)[None, :]
     buffer = net * N * n_rows * D
@@ -77,7 +79,7 @@ def routed_modules_fwd_kernel(
 @triton.jit
 def _push(
     d_main, d_res, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
-    slot, row, wanted, route, col, touched, n_rows,
+    slot, d_slot, row, wanted, route, col, touched, n_rows, n_saved,
     D: tl.constexpr, K: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Hand the gradient at x of one route to its sources; returns which adjoint rows exist by now (bits).
@@ -93,44 +95,53 @@ def _push(
         flow = tl.load(flow_ptr + slot + k, mask=used, other=0)[:, None]
         tile = used[:, None] & (col < D)[None, :]
         seen = tile & (((touched >> source) & 1) != 0)[:, None]
-        at = ((source.to(tl.int64) * n_rows + row) * D)[:, None] + col[None, :]
-        h = tl.load(h_ptr + at, mask=tile, other=0.0)
-        tl.store(d_gate_ptr + slot + k, sum_products(d_all, h, 1), mask=used)
+        source = source.to(tl.int64)
+        h_at = ((source * n_saved + row) * D)[:, None] + col[None, :]
+        h = tl.load(h_ptr + h_at, mask=tile, other=0.0)
+        tl.store(d_gate_ptr + d_slot + k, sum_products(d_all, h, 1), mask=used)
+        at = ((source * n_rows + row) * D)[:, None] + col[None, :]
         to_relu = tl.load(to_relu_ptr + at, mask=seen, other=0.0)
         tl.store(to_relu_ptr + at, to_relu + gate * (tl.where(flow != 0, d_main, 0.0) + d_res), mask=tile)
         if RESIDUAL:
             later = (source > 0)[:, None]
             to_residual = tl.load(to_residual_ptr + at, mask=seen & later, other=0.0)
             tl.store(to_residual_ptr + at, to_residual + gate * d_all, mask=tile & later)
-        touched |= tl.where(used, tl.full(source.shape, 1, tl.int32) << source, 0)
+        touched |= tl.where(used, tl.full(source.shape, 1, tl.int32) << source.to(tl.int32), 0)
     return touched
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_saved"])
 def routed_modules_bwd_kernel(
     d_mixed_ptr, h_ptr, weight_ptr, opened_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr, order_ptr,
-    d_h0_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr, n_rows,
+    d_h0_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr, n_rows, n_saved,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_ROWS), E); a program owns its rows of d_h0, d_gate and of both adjoints, so no atomics.
 
-    Adjoints [E,N,B,D]: to_relu (A) reaches a module's ReLU layer, to_residual (S) its residual. Per active module and
-    row: reads D of A, S and D bytes of opened, then for each of K sources D of h and both adjoints, which it writes
-    back. A is left for the weight gradient (dz = A where opened). d_gate comes zeroed: skipped routes are not written.
+    B is n_rows, the first of the n_saved rows that h, opened and the routes hold of each network. Adjoints [E,N,B,D]:
+    to_relu (A) reaches a module's ReLU layer, to_residual (S) its residual. Per active module and row: reads D of A, S
+    and D bytes of opened, then for each of K sources D of h and both adjoints, which it writes back. A is left for the
+    weight gradient (dz = A where opened). d_gate comes zeroed: skipped routes are not written.
     """
     net = tl.program_id(1).to(tl.int64)
-    row, inside, active = tile_rows(active_ptr, order_ptr, net * n_rows, n_rows, tl.program_id(0), BLOCK_ROWS)
+    if order_ptr is not None:
+        order_ptr += net * n_rows
+    row, inside, active = tile_rows(active_ptr + net * n_saved, order_ptr, n_rows, tl.program_id(0), BLOCK_ROWS)
     col = tl.arange(0, BLOCK_D)
     in_width = (col < D)[None, :]
     buffer = net * N * n_rows * D
-    slot = (net * n_rows + row) * (N * K)  # of route 1
+    h_ptr += net * N * n_saved * D
+    opened_ptr += net * N * n_saved * D
+    slot = (net * n_saved + row) * (N * K)  # of route 1
+    d_slot = (net * n_rows + row) * (N * K)
     own_row = ((net * n_rows + row) * D)[:, None] + col[None, :]
 
     d_x = tl.load(d_mixed_ptr + own_row, mask=inside[:, None] & in_width, other=0.0)
     touched = _push(
-        d_x, tl.zeros_like(d_x), h_ptr + buffer, to_relu_ptr + buffer, to_residual_ptr + buffer, index_ptr, gate_ptr,
-        flow_ptr, d_gate_ptr, slot + (N - 1) * K, row, inside, N, col, tl.zeros_like(active), n_rows, D, K, RESIDUAL,
+        d_x, tl.zeros_like(d_x), h_ptr, to_relu_ptr + buffer, to_residual_ptr + buffer, index_ptr, gate_ptr,
+        flow_ptr, d_gate_ptr, slot + (N - 1) * K, d_slot + (N - 1) * K, row, inside, N, col, tl.zeros_like(active),
+        n_rows, n_saved, D, K, RESIDUAL,
     )  # fmt: skip
     tl.debug_barrier()
     for i in range(N - 1, 0, -1):
@@ -138,12 +149,13 @@ def routed_modules_bwd_kernel(
         if tl.max(wanted.to(tl.int32), 0) > 0:
             module = net * (N - 1) + i - 1
             at = (buffer + (i * n_rows + row) * D)[:, None]
+            opened_at = ((i * n_saved + row) * D)[:, None]
             d_main = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
             for start in range(0, D, BLOCK_K):
                 feature = start + tl.arange(0, BLOCK_K)
                 part = wanted[:, None] & (feature < D)[None, :]
                 d_z = tl.load(to_relu_ptr + at + feature[None, :], mask=part, other=0.0)
-                opened = tl.load(opened_ptr + at + feature[None, :], mask=part, other=0)
+                opened = tl.load(opened_ptr + opened_at + feature[None, :], mask=part, other=0)
                 w = tl.load(
                     weight_ptr + module * D * D + (feature * D)[:, None] + col[None, :],
                     mask=(feature < D)[:, None] & in_width,
@@ -154,8 +166,9 @@ def routed_modules_bwd_kernel(
             if RESIDUAL:
                 d_res = tl.load(to_residual_ptr + at + col[None, :], mask=wanted[:, None] & in_width, other=0.0)
             touched = _push(
-                d_main, d_res, h_ptr + buffer, to_relu_ptr + buffer, to_residual_ptr + buffer, index_ptr, gate_ptr,
-                flow_ptr, d_gate_ptr, slot + (i - 1) * K, row, wanted, i, col, touched, n_rows, D, K, RESIDUAL,
+                d_main, d_res, h_ptr, to_relu_ptr + buffer, to_residual_ptr + buffer, index_ptr, gate_ptr,
+                flow_ptr, d_gate_ptr, slot + (i - 1) * K, d_slot + (i - 1) * K, row, wanted, i, col, touched,
+                n_rows, n_saved, D, K, RESIDUAL,
             )  # fmt: skip
             tl.debug_barrier()
     to_relu = tl.load(
@@ -210,11 +223,17 @@ def backward(
     precision: str,
     to_weight: bool = True,
     sort_rows: bool | None = None,
+    weight_rows: int | None = None,
+    d_weight: Tensor | None = None,
+    d_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_h0 [E,B,D] (what may enter module 0's ReLU layer), d_weight, d_bias, d_gate [E,B,N,K].
 
-    h and opened as `forward` left them. d_gate is 0 in unused slots and in routes of modules that are not active.
+    h and opened as `forward` left them, of B rows or more: d_mixed [E,B,D] is of the first. d_gate is 0 in unused slots
+    and in routes of modules that are not active.
     to_weight=False skips the weight gradient: d_weight and d_bias come empty.
+    weight_rows: the weight gradient is of this many rows, the first of each network; None: of all. It is written to
+    d_weight and d_bias, if they are given.
     """
     check_dtype("d_mixed", d_mixed)
     n_nets, n_rows, width = d_mixed.shape
@@ -222,24 +241,26 @@ def backward(
     launch = walk_launch("routed_modules_bwd", precision, n_modules, n_kept, width)
     index, gate, flow, active = (packed(v) for v in routes)
     d_h0 = torch.empty_like(d_mixed, memory_format=torch.contiguous_format)
-    d_gate = torch.zeros_like(gate)
-    to_relu = torch.empty_like(h)
-    to_residual = torch.empty_like(h) if residual else h.new_empty(0)
+    d_gate = gate.new_zeros(n_nets, n_rows, n_modules, n_kept)
+    to_relu = h.new_empty(n_nets, n_modules, n_rows, width)
+    to_residual = torch.empty_like(to_relu) if residual else h.new_empty(0)
     if d_h0.numel() > 0:
         tiles = triton.cdiv(n_rows, launch["BLOCK_ROWS"])
         routed_modules_bwd_kernel[tiles, n_nets](
             packed(d_mixed), h, packed(weight), opened, index, gate, flow, active,
-            _order(active, tiles, sort_rows), d_h0, d_gate, to_relu, to_residual, n_rows,
+            _order(active[:, :n_rows], tiles, sort_rows), d_h0, d_gate, to_relu, to_residual, n_rows, h.shape[2],
             RESIDUAL=residual, **launch,
         )  # fmt: skip
     if not to_weight:
         return d_h0, h.new_empty(0), h.new_empty(0), d_gate
-    d_weight, d_bias = weight_gradient(to_relu, opened, h, index, gate, active, precision)
+    d_weight, d_bias = weight_gradient(
+        to_relu, opened, h, index, gate, active, precision, weight_rows, d_weight, d_bias
+    )
     return d_h0, d_weight, d_bias, d_gate
 
 
 def _order(active: Tensor, tiles: int, sort_rows: bool | None) -> Tensor | None:
-    """Rows of every network by their active modules, [E,B] int32, or None for as they come."""
+    """Rows of every network by their active modules, [E,B] int64, or None for as they come."""
     if sort_rows is None:
         sort_rows = tiles * active.shape[0] > SORT_FROM_TILES
-    return active.argsort(dim=1, stable=True).to(torch.int32) if sort_rows else None
+    return active.argsort(dim=1, stable=True) if sort_rows else None

@@ -13,8 +13,8 @@ MOST_ROWS = 512  # of a task at once: 4 a thread
 
 @triton.jit
 def sac_losses_kernel(
-    q_ptr, frozen_q_ptr, target_q_ptr, logp_ptr, next_logp_ptr, reward_ptr, terminal_ptr, log_alpha_ptr,
-    losses_ptr, d_q_ptr, d_frozen_q_ptr, d_logp_ptr, d_log_alpha_ptr, n_tasks,
+    q_ptr, target_q_ptr, logp_ptr, reward_ptr, terminal_ptr, log_alpha_ptr,
+    losses_ptr, d_q_ptr, d_logp_ptr, d_log_alpha_ptr, n_tasks,
     E: tl.constexpr, PER_TASK: tl.constexpr, GAMMA: tl.constexpr, TARGET_ENTROPY: tl.constexpr, MAX_TASK_LOSS: tl.constexpr,
     BLOCK_TASKS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -27,6 +27,8 @@ def sac_losses_kernel(
     task = tl.program_id(0)
     n_rows = tl.cast(n_tasks, tl.int64) * PER_TASK
     first = task.to(tl.int64) * PER_TASK
+    # Values and log probabilities at obs come first, then those at the other actions, or at next_obs.
+    frozen_q_ptr, d_frozen_q_ptr, next_logp_ptr = q_ptr + n_rows, d_q_ptr + n_rows, logp_ptr + n_rows
     log_alpha = tl.load(log_alpha_ptr + task)
     alpha = tl.exp(log_alpha)
     weight = _task_weight(log_alpha_ptr, log_alpha, n_tasks, BLOCK_TASKS)
@@ -37,12 +39,12 @@ def sac_losses_kernel(
     for start in range(0, PER_TASK, BLOCK_ROWS):
         row, inside = _rows(first, start, PER_TASK, BLOCK_ROWS)
         logp = tl.load(logp_ptr + row, mask=inside, other=0.0)
-        best = _lowest(frozen_q_ptr, row, inside, n_rows, E)
+        best = _lowest(frozen_q_ptr, row, inside, 2 * n_rows, E)
         y = _target(target_q_ptr, next_logp_ptr, reward_ptr, terminal_ptr, row, inside, n_rows, alpha, E, GAMMA)
         sum_logp += logp
         actor += tl.where(inside, alpha * logp - best, 0.0)
         for e in tl.static_range(E):
-            error = tl.where(inside, tl.load(q_ptr + e * n_rows + row, mask=inside, other=0.0) - y, 0.0)
+            error = tl.where(inside, tl.load(q_ptr + 2 * e * n_rows + row, mask=inside, other=0.0) - y, 0.0)
             critic = tl.fma(error, error, critic)
     mean_logp = tl.sum(sum_logp, 0) / n
     alpha_loss = -log_alpha * (mean_logp + TARGET_ENTROPY)
@@ -65,16 +67,18 @@ def sac_losses_kernel(
         row, inside = _rows(first, start, PER_TASK, BLOCK_ROWS)
         tl.store(d_logp_ptr + row, d_logp, mask=inside)
         y = _target(target_q_ptr, next_logp_ptr, reward_ptr, terminal_ptr, row, inside, n_rows, alpha, E, GAMMA)
-        best = _lowest(frozen_q_ptr, row, inside, n_rows, E)
+        best = _lowest(frozen_q_ptr, row, inside, 2 * n_rows, E)
         n_best = tl.zeros((BLOCK_ROWS,), log_alpha.dtype)
         for e in tl.static_range(E):
-            error = tl.load(q_ptr + e * n_rows + row, mask=inside, other=0.0) - y
-            tl.store(d_q_ptr + e * n_rows + row, tl.where(kept, 2 * share * error, 0.0), mask=inside)
-            frozen_q = tl.load(frozen_q_ptr + e * n_rows + row, mask=inside, other=0.0)
+            error = tl.load(q_ptr + 2 * e * n_rows + row, mask=inside, other=0.0) - y
+            tl.store(d_q_ptr + 2 * e * n_rows + row, tl.where(kept, 2 * share * error, 0.0), mask=inside)
+            frozen_q = tl.load(frozen_q_ptr + 2 * e * n_rows + row, mask=inside, other=0.0)
             n_best += tl.where(frozen_q == best, 1.0, 0.0)
         for e in tl.static_range(E):  # equal ones share the gradient
-            frozen_q = tl.load(frozen_q_ptr + e * n_rows + row, mask=inside, other=0.0)
-            tl.store(d_frozen_q_ptr + e * n_rows + row, tl.where(frozen_q == best, -share / n_best, 0.0), mask=inside)
+            frozen_q = tl.load(frozen_q_ptr + 2 * e * n_rows + row, mask=inside, other=0.0)
+            tl.store(
+                d_frozen_q_ptr + 2 * e * n_rows + row, tl.where(frozen_q == best, -share / n_best, 0.0), mask=inside
+            )
 
 
 @triton.jit
@@ -128,10 +132,8 @@ def losses_launch(n_nets: int, n_tasks: int, per_task: int) -> dict[str, Any]:
 
 def sac_losses(
     q: Tensor,
-    frozen_q: Tensor,
     target_q: Tensor,
     logp: Tensor,
-    next_logp: Tensor,
     reward: Tensor,
     terminal: Tensor,
     log_alpha: Tensor,
@@ -139,30 +141,29 @@ def sac_losses(
     target_entropy: float,
     max_task_loss: float,
     d_log_alpha: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """losses [6,T], d_q and d_frozen_q [E,B], d_logp [B]; d_log_alpha [T] is written.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """losses [6,T], d_q [E,2B], d_logp [B]; d_log_alpha [T] is written.
 
     ValueError: shapes or dtypes disagree, or B is no multiple of T.
     """
-    dtype = check_real("q", q)
-    if q.dim() != 2 or log_alpha.dim() != 1:
-        raise ValueError(f"q, log_alpha: expected [E,B] and [T], got {list(q.shape)} and {list(log_alpha.shape)}")
-    (n_nets, n_rows), n_tasks = q.shape, len(log_alpha)
+    dtype = check_real("target_q", target_q)
+    if target_q.dim() != 2 or log_alpha.dim() != 1:
+        shapes = f"{list(target_q.shape)} and {list(log_alpha.shape)}"
+        raise ValueError(f"target_q, log_alpha: expected [E,B] and [T], got {shapes}")
+    (n_nets, n_rows), n_tasks = target_q.shape, len(log_alpha)
     if n_nets < 1 or n_tasks < 1 or n_rows % n_tasks != 0:
-        raise ValueError(f"q: expected [E,B] with B a multiple of {n_tasks} tasks, got {list(q.shape)}")
-    check_tensor("frozen_q", frozen_q, dtype, q.shape)
-    check_tensor("target_q", target_q, dtype, q.shape)
-    for name, value in {"logp": logp, "next_logp": next_logp, "reward": reward, "terminal": terminal}.items():
+        raise ValueError(f"target_q: expected [E,B] with B a multiple of {n_tasks} tasks, got {list(target_q.shape)}")
+    check_tensor("q", q, dtype, [n_nets, 2 * n_rows])
+    check_tensor("logp", logp, dtype, [2 * n_rows])
+    for name, value in {"reward": reward, "terminal": terminal}.items():
         check_tensor(name, value, dtype, [n_rows])
     check_tensor("log_alpha", log_alpha, dtype, [n_tasks])
     check_in_place("d_log_alpha", d_log_alpha, dtype, [n_tasks])
-    losses, d_logp = q.new_empty(6, n_tasks), q.new_empty(n_rows)
-    d_q, d_frozen_q = q.new_empty(n_nets, n_rows), q.new_empty(n_nets, n_rows)
-    inputs = (q, frozen_q, target_q, logp, next_logp, reward, terminal, log_alpha)
-    per_task = n_rows // n_tasks
+    losses, d_q, d_logp = q.new_empty(6, n_tasks), q.new_empty(n_nets, 2 * n_rows), q.new_empty(n_rows)
+    inputs = (q, target_q, logp, reward, terminal, log_alpha)
     sac_losses_kernel[(n_tasks,)](
-        *map(packed, inputs), losses, d_q, d_frozen_q, d_logp, d_log_alpha, n_tasks,
+        *map(packed, inputs), losses, d_q, d_logp, d_log_alpha, n_tasks,
         GAMMA=gamma, TARGET_ENTROPY=target_entropy, MAX_TASK_LOSS=max_task_loss,
-        **losses_launch(n_nets, n_tasks, per_task),
+        **losses_launch(n_nets, n_tasks, n_rows // n_tasks),
     )  # fmt: skip
-    return losses, d_q, d_frozen_q, d_logp
+    return losses, d_q, d_logp

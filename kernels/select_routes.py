@@ -16,14 +16,16 @@ from torch import Tensor
 WARP_LOGITS = 256  # of the padded block, 8 a thread: at N=16 a row is one warp, so no reduction needs a barrier
 
 
-@triton.jit(do_not_specialize=["n_total", "n_rows"])
+@triton.jit(do_not_specialize=["n_total", "n_rows", "n_chosen"])
 def select_routes_fwd_kernel(
-    logits_ptr, temperature_ptr, noise_ptr, given_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr, n_total, n_rows,
+    logits_ptr, temperature_ptr, noise_ptr, given_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr,
+    n_total, n_rows, n_chosen,
     N: tl.constexpr, K: tl.constexpr, RESROUTING: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(E*B, BLOCK_ROWS),); a program owns all routes of its rows.
 
+    The first n_chosen rows of each network take noise or given sources, which are [E,n_chosen,...]; the rest is greedy.
     Reads R logits a row (and R of noise, or N*K given sources), writes 9*N*K+4 bytes, each once: bandwidth-bound.
     Invariant: a pick is a source that exists and is not picked yet whatever the logits hold (a NaN counts as largest,
     as in torch), so that whoever indexes by it stays inside memory. Given sources too: one that its route does not have
@@ -36,16 +38,21 @@ def select_routes_fwd_kernel(
     slot = tl.arange(0, BLOCK_SLOTS)[None, None, :]  # [1,1,slots]
     exists = inside & (route <= N)
     used = exists & (slot < K) & (slot < route)
-    packed = (row * (N * (N + 1) // 2))[:, None, None] + route * (route - 1) // 2 + source
+    logit = route * (route - 1) // 2 + source
+    packed = (row * (N * (N + 1) // 2))[:, None, None] + logit
     slots = (row * (N * K))[:, None, None] + (route - 1) * K + slot
+    own = row % n_rows  # in its network
+    is_chosen = (own < n_chosen)[:, None, None]
+    chosen_row = ((row // n_rows) * n_chosen + own)[:, None, None]
 
     free = exists & (source < route)
     logits = tl.load(logits_ptr + packed, mask=free, other=0.0)
     score = logits
     if noise_ptr is not None:
         # logits / tau + noise in the order of logits + tau * noise: no division, so no overflow at a tiny tau.
-        tau = tl.load(temperature_ptr + row % n_rows, mask=row < n_total, other=1.0)
-        score += tau[:, None, None] * tl.load(noise_ptr + packed, mask=free, other=0.0)
+        tau = tl.load(temperature_ptr + own, mask=(row < n_total) & (own < n_chosen), other=1.0)
+        noise = tl.load(noise_ptr + chosen_row * (N * (N + 1) // 2) + logit, mask=free & is_chosen, other=0.0)
+        score += tau[:, None, None] * noise
     score = tl.where(score == score, score, float("inf"))
     logits = tl.where(exists & (source >= route), -float("inf"), logits)
     largest = tl.max(logits, 2)[:, :, None]
@@ -53,22 +60,23 @@ def select_routes_fwd_kernel(
 
     chosen = tl.zeros((BLOCK_ROWS, BLOCK_N, BLOCK_SLOTS), tl.int32)
     if given_ptr is not None:
-        given = tl.load(given_ptr + slots, mask=used, other=0)
+        given_slot = chosen_row * (N * K) + (route - 1) * K + slot
+        given = tl.load(given_ptr + given_slot, mask=used & is_chosen, other=0)
         legal = (given >= 0) & (given < route)  # in its own type: 2^32 must not pass for 0
         chosen = tl.where(legal, given, 0).to(tl.int32)
         taken = tl.zeros((BLOCK_ROWS, BLOCK_N, 1), tl.int32)  # bits of the sources in slots before k
     fresh = used  # slots with a source that no slot before them has
     value = tl.where(exists & (slot >= 0), -float("inf"), tl.zeros(chosen.shape, logits.dtype))
     for k in tl.static_range(K):
+        best = tl.max(tl.where(free, score, -float("inf")), 2)[:, :, None]
+        pick = tl.min(tl.where(free & (score == best), source, BLOCK_N), 2)[:, :, None]
         if given_ptr is not None:
-            pick = tl.sum(tl.where(slot == k, chosen, 0), 2)[:, :, None]
-            fresh = fresh & ((slot != k) | (((taken >> pick) & 1) == 0))
-            taken |= tl.full(pick.shape, 1, tl.int32) << pick
-        else:
-            best = tl.max(tl.where(free, score, -float("inf")), 2)[:, :, None]
-            pick = tl.min(tl.where(free & (score == best), source, BLOCK_N), 2)[:, :, None]
-            free = free & (source != pick)
-            chosen = tl.where(used & (slot == k), pick, chosen)
+            pick = tl.where(is_chosen, tl.sum(tl.where(slot == k, chosen, 0), 2)[:, :, None], pick)
+            bit = pick % BLOCK_N  # pick is BLOCK_N where no source is left, for a slot that is not used
+            fresh = fresh & ((slot != k) | (((taken >> bit) & 1) == 0))
+            taken |= tl.full(pick.shape, 1, tl.int32) << bit
+        free = free & (source != pick)
+        chosen = tl.where(used & (slot == k), pick, chosen)
         at_pick = tl.sum(tl.where(source == pick, logits, 0.0), 2)[:, :, None]
         value = tl.where(used & (slot == k), at_pick, value)
     if given_ptr is not None:
@@ -95,12 +103,13 @@ def select_routes_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n_total"])
 def select_routes_bwd_kernel(
-    d_gate_ptr, index_ptr, gate_ptr, d_logits_ptr, n_total,
+    d_gate_ptr, index_ptr, gate_ptr, d_logits_ptr, n_total, stride,
     N: tl.constexpr, K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(E*B, BLOCK_ROWS),); a program owns all logits of its rows: the gradient of a softmax over the chosen,
-    0 elsewhere. Reads 12*N*K bytes a row, writes R gradients, each once: bandwidth-bound."""
+    0 elsewhere. Reads 12*N*K bytes a row, writes R gradients, each once: bandwidth-bound. Rows of gradients lie
+    `stride` numbers apart."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     route = 1 + tl.arange(0, BLOCK_N)[None, :, None]
     source = tl.arange(0, BLOCK_N)[None, None, :]
@@ -117,7 +126,7 @@ def select_routes_bwd_kernel(
     for k in tl.static_range(K):
         pick = tl.sum(tl.where(slot == k, index, 0), 2)[:, :, None]
         d_logits = tl.where(source == pick, tl.sum(tl.where(slot == k, d_value, 0.0), 2)[:, :, None], d_logits)
-    packed = (row * (N * (N + 1) // 2))[:, None, None] + route * (route - 1) // 2 + source
+    packed = (row * stride)[:, None, None] + route * (route - 1) // 2 + source
     tl.store(d_logits_ptr + packed, d_logits, mask=exists & (source < route))
 
 
@@ -147,13 +156,15 @@ def forward(
     """gate, index [E,B,N,K] int32, flow [E,B,N,K] bool, active [E,B] int32 of `d2r_fast.ops.Routes`.
 
     The mode follows from the arguments: sampled with temperature [B] and noise [E,B,R], given with `given`
-    [E,B,N,K] of any integer type, else greedy. A route that is given a source outside 0..route-1, or one twice, comes
-    with NaN gates, with sources that exist and active bits to match. ValueError: a dtype other than float32.
+    [E,B,N,K] of any integer type, else greedy. These may have fewer rows: the rows after theirs are greedy. A route
+    that is given a source outside 0..route-1, or one twice, comes with NaN gates, with sources that exist and active
+    bits to match. ValueError: a dtype other than float32.
     """
     for name, value in {"logits": logits, "temperature": temperature, "noise": noise}.items():
         if value is not None:
             check_dtype(name, value)
     n_nets, n_rows = logits.shape[:2]
+    n_chosen = noise.shape[1] if noise is not None else given.shape[1] if given is not None else 0
     index = torch.empty(n_nets, n_rows, n_modules, k, dtype=torch.int32, device=logits.device)
     gate, flow = torch.empty_like(index, dtype=logits.dtype), torch.empty_like(index, dtype=torch.bool)
     active = torch.empty(n_nets, n_rows, dtype=torch.int32, device=logits.device)
@@ -161,20 +172,26 @@ def forward(
         launch = route_launch(n_modules, k)
         inputs = [None if v is None else packed(v) for v in (logits, temperature, noise, given)]
         select_routes_fwd_kernel[(triton.cdiv(active.numel(), launch["BLOCK_ROWS"]),)](
-            *inputs, index, gate, flow, active, active.numel(), n_rows,
+            *inputs, index, gate, flow, active, active.numel(), n_rows, n_chosen,
             RESROUTING=resrouting, **launch,
         )  # fmt: skip
     return gate, index, flow, active
 
 
-def backward(d_gate: Tensor, index: Tensor, gate: Tensor) -> Tensor:
-    """d_logits [E,B,R] from the gradient of `gate`, [E,B,N,K]; what unused slots of d_gate hold does not matter."""
+def backward(d_gate: Tensor, index: Tensor, gate: Tensor, d_logits: Tensor | None = None) -> Tensor:
+    """d_logits [E,B,R] from the gradient of `gate`, [E,B,N,K]; what unused slots of d_gate hold does not matter.
+
+    index and gate are of B rows or more, of which the first count. d_logits: where it is written, such as columns of a
+    wider matrix; None: to fresh memory.
+    """
     check_dtype("d_gate", d_gate)
-    n_nets, n_rows, n_modules, k = index.shape
-    d_logits = gate.new_empty(n_nets, n_rows, n_modules * (n_modules + 1) // 2)
+    n_nets, n_rows, n_modules, k = d_gate.shape
+    index, gate = index[:, :n_rows], gate[:, :n_rows]
+    if d_logits is None:
+        d_logits = gate.new_empty(n_nets, n_rows, n_modules * (n_modules + 1) // 2)
     if d_logits.numel() > 0:
         launch = route_launch(n_modules, k)
         select_routes_bwd_kernel[(triton.cdiv(n_nets * n_rows, launch["BLOCK_ROWS"]),)](
-            packed(d_gate), packed(index), packed(gate), d_logits, n_nets * n_rows, **launch,
+            packed(d_gate), packed(index), packed(gate), d_logits, n_nets * n_rows, d_logits.stride(1), **launch,
         )  # fmt: skip
     return d_logits

@@ -7,18 +7,18 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def tile_rows(active_ptr, order_ptr, first, n_rows, tile, BLOCK_ROWS: tl.constexpr):
+def tile_rows(active_ptr, order_ptr, n_rows, tile, BLOCK_ROWS: tl.constexpr):
     """Rows of a tile (int64), whether each exists, and its active bits (0 where it does not).
 
-    `order` [E,B] lists the rows of a network so that rows that route alike share a tile; None: as they come.
-    `first` is the network's first row in [E,B]. int64, because rows are multiplied by widths: E*N*B*D passes 2^31.
+    `active` [B] is one network's. `order` [B] lists its rows so that rows that route alike share a tile; None: as they
+    come. int64, because rows are multiplied by widths: E*N*B*D passes 2^31.
     """
     at = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = at < n_rows
     row = at.to(tl.int64)
     if order_ptr is not None:
-        row = tl.load(order_ptr + first + at, mask=inside, other=0).to(tl.int64)
-    return row, inside, tl.load(active_ptr + first + row, mask=inside, other=0)
+        row = tl.load(order_ptr + at, mask=inside, other=0).to(tl.int64)
+    return row, inside, tl.load(active_ptr + row, mask=inside, other=0)
 
 
 @triton.jit

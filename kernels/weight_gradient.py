@@ -12,14 +12,16 @@ from torch import Tensor
 REDUCE_LAUNCH = {"BLOCK": 1024, "num_warps": 4} | FUSED
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_back", "n_saved"])
 def weight_gradient_kernel(
-    to_relu_ptr, opened_ptr, h_ptr, index_ptr, gate_ptr, active_ptr, list_ptr, d_weight_ptr, d_bias_ptr, n_rows,
+    to_relu_ptr, opened_ptr, h_ptr, index_ptr, gate_ptr, active_ptr, list_ptr, d_weight_ptr, d_bias_ptr,
+    n_rows, n_back, n_saved,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, SPLIT_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (E*(N-1), splits, tiles of D*D); a program owns one tile of d_weight [splits,E,N-1,D,D] of one module.
 
+    Of the first n_rows rows of each network; A holds n_back of each, and what forward saved n_saved.
     It first lists the active rows of its split, in order, in its own part of `list`, then sums dz^T x over blocks of
     listed rows: work is proportional to active rows. x is mixed again from h (K*D read) rather than saved. Per listed
     row: BLOCK_OUT of A and opened, K*BLOCK_IN of h. Every tile is written, by zeros where no row is active.
@@ -35,7 +37,7 @@ def weight_gradient_kernel(
     feature = in_tile * BLOCK_IN + tl.arange(0, BLOCK_IN)
 
     at = split * SPLIT_ROWS + tl.arange(0, SPLIT_ROWS)
-    active = tl.load(active_ptr + net * n_rows + at, mask=at < n_rows, other=0)
+    active = tl.load(active_ptr + net * n_saved + at, mask=at < n_rows, other=0)
     listed = (active >> i) & 1
     place = tl.cumsum(listed, 0) - 1
     program = (module.to(tl.int64) * tl.num_programs(1) + split) * tl.num_programs(2) + tl.program_id(2)
@@ -44,7 +46,7 @@ def weight_gradient_kernel(
     n_listed = tl.sum(listed, 0)
     tl.debug_barrier()
 
-    buffer = net * N * n_rows * D
+    h_ptr += net * N * n_saved * D
     d_weight = tl.zeros((BLOCK_OUT, BLOCK_IN), h_ptr.dtype.element_ty)
     d_bias = tl.zeros((BLOCK_OUT,), h_ptr.dtype.element_ty)
     for start in range(0, SPLIT_ROWS, BLOCK_ROWS):
@@ -52,12 +54,14 @@ def weight_gradient_kernel(
             pos = start + tl.arange(0, BLOCK_ROWS)
             wanted = pos < n_listed
             row = tl.load(list_ptr + pos, mask=wanted, other=0).to(tl.int64)
-            z_at = (buffer + (i * n_rows + row) * D)[:, None] + out[None, :]
             mask = wanted[:, None] & (out < D)[None, :]
-            d_z = tl.load(to_relu_ptr + z_at, mask=mask, other=0.0)
-            d_z = tl.where(tl.load(opened_ptr + z_at, mask=mask, other=0) != 0, d_z, 0.0)
-            slot = ((net * n_rows + row) * N + i - 1) * K
-            x = mix_sources(h_ptr + buffer, index_ptr, gate_ptr, slot, row, wanted, i, feature, n_rows, D, K)
+            d_z = tl.load(
+                to_relu_ptr + (((net * N + i) * n_back + row) * D)[:, None] + out[None, :], mask=mask, other=0.0
+            )
+            opened_at = (((net * N + i) * n_saved + row) * D)[:, None] + out[None, :]
+            d_z = tl.where(tl.load(opened_ptr + opened_at, mask=mask, other=0) != 0, d_z, 0.0)
+            slot = ((net * n_saved + row) * N + i - 1) * K
+            x = mix_sources(h_ptr, index_ptr, gate_ptr, slot, row, wanted, i, feature, n_saved, D, K)
             d_weight = product(tl.trans(d_z), x, d_weight, PRECISION)
             d_bias += tl.sum(d_z, 0)
     part = split.to(tl.int64) * tl.num_programs(0) + module
@@ -94,13 +98,25 @@ def _sum_splits(part_ptr, total_ptr, tile, n, N_SPLITS: tl.constexpr, BLOCK: tl.
 
 
 def weight_gradient(
-    to_relu: Tensor, opened: Tensor, h: Tensor, index: Tensor, gate: Tensor, active: Tensor, precision: str
+    to_relu: Tensor,
+    opened: Tensor,
+    h: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    active: Tensor,
+    precision: str,
+    n_rows: int | None = None,
+    d_weight: Tensor | None = None,
+    d_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """d_weight [E,N-1,D,D] and d_bias [E,N-1,D] from the adjoint A [E,N,B,D] that the backward kernel left."""
-    n_nets, n_modules, n_rows, width = h.shape
-    d_weight = h.new_empty(n_nets, n_modules - 1, width, width)
-    d_bias = h.new_empty(n_nets, n_modules - 1, width)
-    if h.numel() == 0 or n_modules == 1:
+    """d_weight [E,N-1,D,D] and d_bias [E,N-1,D] from the adjoint A [E,N,B,D] that the backward kernel left, summed over
+    the first `n_rows` rows of each network; None: over all. d_weight, d_bias: where they are written."""
+    n_nets, n_modules, n_back, width = to_relu.shape
+    n_rows = n_back if n_rows is None else n_rows
+    if d_weight is None or d_bias is None:
+        d_weight = h.new_empty(n_nets, n_modules - 1, width, width)
+        d_bias = h.new_empty(n_nets, n_modules - 1, width)
+    if h.numel() == 0 or n_rows == 0 or n_modules == 1:
         return d_weight.zero_(), d_bias.zero_()
     launch = gradient_launch(precision, n_modules, index.shape[3], width, n_rows)
     n_splits = triton.cdiv(n_rows, launch["SPLIT_ROWS"])
@@ -108,7 +124,9 @@ def weight_gradient(
     grid = (n_nets * (n_modules - 1), n_splits, n_tiles)
     listed = torch.empty(math.prod(grid) * launch["SPLIT_ROWS"], dtype=torch.int32, device=h.device)
     parts = [d_weight, d_bias] if n_splits == 1 else [v.new_empty(n_splits, *v.shape) for v in (d_weight, d_bias)]
-    weight_gradient_kernel[grid](to_relu, opened, h, index, gate, active, listed, *parts, n_rows, **launch)
+    weight_gradient_kernel[grid](
+        to_relu, opened, h, index, gate, active, listed, *parts, n_rows, n_back, h.shape[2], **launch
+    )
     if n_splits > 1:
         tiles = triton.cdiv(d_weight.numel(), REDUCE_LAUNCH["BLOCK"]) + triton.cdiv(
             d_bias.numel(), REDUCE_LAUNCH["BLOCK"]

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from d2r_fast import Agent, NetConfig, RouteChoice, RoutedNetwork, SacConfig, load_published
+from d2r_fast.learning import update as one_step
+from d2r_fast.learning.passes import RowTasks
 from d2r_fast.learning.sac import Batch, Draws, losses, make_optimiser, update
-from d2r_fast.learning.update import Update
 from d2r_fast.nets.care import CareConfig
 from d2r_fast.nets.film import FilmConfig
 from d2r_fast.nets.mlp import MlpConfig
@@ -141,12 +142,14 @@ def flat_rows(value: Tensor) -> Tensor:
     return value.transpose(0, 1).flatten(0, 1)
 
 
-def rows_of(batch: Batch) -> ReplayRows:
-    """A batch as the replay lays it out for `Update`."""
+def as_one_step(batch: Batch, draws: Draws, n_tasks: int) -> tuple[ReplayRows, RowTasks, one_step.Draws]:
+    """A batch and its noise as `Update.step` takes them."""
     room = torch.zeros_like(batch.action)
     pairs = (batch.obs, batch.action), (batch.obs, room), (batch.next_obs, room)
     x = torch.stack([torch.cat(pair, 1) for pair in pairs])
-    return ReplayRows(x, batch.reward, batch.terminal, batch.route[None])
+    rows = ReplayRows(x, batch.reward, batch.terminal, batch.route[None])
+    tasks = RowTasks.of(batch.task.repeat(2), n_tasks, batch.obs.dtype)
+    return rows, tasks, one_step.Draws(torch.cat([draws.noise, draws.next_noise]), draws.critic_choice)
 
 
 def check_update(v: Vector) -> Iterator[Quantity]:
@@ -201,8 +204,8 @@ def check_update(v: Vector) -> Iterator[Quantity]:
     yield "grad_norm", torch.cat(named), norms
     yield from check_after(v, agent, "after/")
 
-    step = Update(by_calls, sac)
-    in_one_call = step.step(rows_of(batch), batch.task, draws)
+    step = one_step.Update(by_calls, sac)
+    in_one_call = step.step(*as_one_step(batch, draws, agent.n_tasks))
     yield "update/task_loss", in_one_call.losses[:3].sum(0), v["task_loss"]
     yield "update/grad_norm", in_one_call.norms, norms
     yield from check_after(v, by_calls, "update/after/")

@@ -1,7 +1,8 @@
 """The update that training makes: the equations of `sac.py` in a few calls, with gradients by hand instead of autograd.
 
-Passes through the networks, and between them one call each for the batch's rows, the policy's actions, all losses with
-their gradients, and the step of everything that is trained. `tests/learning/test_update.py` holds it against `sac.py`.
+One pass through each network forward, one through actor and critics back, and between them one call each for the
+batch's rows, the policy's actions, all losses with their gradients, and the step of everything that is trained.
+`tests/learning/test_update.py` holds it against `sac.py`.
 """
 
 from typing import Any, NamedTuple
@@ -11,11 +12,10 @@ from torch import Tensor
 
 from d2r_fast.config import SacConfig
 from d2r_fast.learning.parameters import FlatParameters
-from d2r_fast.learning.passes import forward_pass
-from d2r_fast.learning.sac import Draws
+from d2r_fast.learning.passes import Network, RowTasks
 from d2r_fast.learning.saved_state import check_tensor, check_tensors, count, describe, field
 from d2r_fast.nets.agent import N_CRITICS, Agent
-from d2r_fast.nets.d2r import GREEDY, RouteChoice
+from d2r_fast.nets.d2r import RouteChoice
 from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops.optimiser_step import optimiser_step
 from d2r_fast.ops.replay_rows import ReplayRows
@@ -25,13 +25,24 @@ from d2r_fast.ops.squashed_normal import squash, squash_backward
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
-def draw(agent: Agent, rows: ReplayRows, task: Tensor, generator: torch.Generator) -> Draws:
+class Draws(NamedTuple):
+    """The random numbers of one update, drawn outside so that an update is a function of its inputs.
+
+    noise          [2B,A] standard normal, for the actions at obs and then at next_obs
+    critic_choice  how the critics choose routes in their loss: sampled
+    """
+
+    noise: Tensor
+    critic_choice: RouteChoice
+
+
+def draw(agent: Agent, rows: ReplayRows, tasks: RowTasks, generator: torch.Generator) -> Draws:
     """Fresh random numbers for `Update.step`, in one call a kind; `generator` lives on the agent's device."""
     n_rows, like = len(rows.reward), rows.reward
-    shape = (2, n_rows, agent.actor.action_size)
+    shape = (2 * n_rows, agent.actor.action_size)
     noise = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
     routes = gumbel((N_CRITICS, n_rows, agent.critics.net.cfg.n_logits), like, generator)
-    return Draws(noise[0], noise[1], RouteChoice.sampled(agent.route_temp[task], routes))
+    return Draws(noise, RouteChoice.sampled(agent.route_temp[tasks.index[:n_rows]], routes))
 
 
 class Metrics(NamedTuple):
@@ -57,18 +68,18 @@ class Update:
         self.flat = FlatParameters(agent)
         self.first, self.second = torch.zeros_like(self.flat.values), torch.zeros_like(self.flat.values)
         self.step_count = torch.zeros((), dtype=torch.int64, device=self.first.device)
-        self._actor_gradients = self.flat.gradients(list(agent.actor.parameters()))
-        self._critic_gradients = self.flat.gradients(list(agent.critics.parameters()))
+        self._actor, self._critics = (Network(owner.net, self.flat) for owner in (agent.actor, agent.critics))
+        self._targets = Network(agent.target_critics.net, self.flat, trained=False)
         (self._alpha_gradient,) = self.flat.gradients([agent.log_alpha])
         self._learning_rates = [cfg.actor_lr, *[cfg.critic_lr] * N_CRITICS, cfg.alpha_lr]
 
     @torch.no_grad()
-    def step(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Metrics:
-        """One update of actor, critics, log alpha, targets and route temperatures; task [B] int64.
+    def step(self, rows: ReplayRows, tasks: RowTasks, draws: Draws) -> Metrics:
+        """One update of actor, critics, log alpha, targets and route temperatures; `tasks` of the B rows, twice over.
 
         Every loss sees the parameters from before the step.
         """
-        losses = self.gradients(rows, task, draws)
+        losses = self._fill_gradient(rows, tasks, draws)
         cfg, flat = self._cfg, self.flat
         norms = optimiser_step(
             *(flat.values, flat.gradient, self.first, self.second, flat.targets, self.step_count),
@@ -77,31 +88,29 @@ class Update:
         )
         return Metrics(losses, norms)
 
-    def gradients(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Tensor:
-        """Fill `flat.gradient`; returns the losses [6,T]."""
+    def _fill_gradient(self, rows: ReplayRows, tasks: RowTasks, draws: Draws) -> Tensor:
+        """The gradient of all that is trained, to `flat.gradient`; returns the losses [6,T]."""
         agent, cfg = self.agent, self._cfg
-        actor, critics, targets = agent.actor.net, agent.critics.net, agent.target_critics.net
-        acted, now, after = rows.x  # [B,O+A] each; the last two with room for the actor's action
-        n_obs = actor.n_in
+        n, n_obs = len(rows.reward), agent.actor.net.n_in
+        acted_and_now, now_and_after = rows.x[:2].flatten(0, 1), rows.x[1:].flatten(0, 1)  # [2B,O+A]
 
-        # The actor learns along the routes that it acted on.
-        policy = forward_pass(actor, now[:, :n_obs], task, RouteChoice.given(rows.route), needs="parameters")
-        logp = squash(policy.out[0], draws.noise, now[:, n_obs:])  # [B]
-        next_policy = forward_pass(actor, after[:, :n_obs], task, GREEDY)
-        next_logp = squash(next_policy.out[0], draws.next_noise, after[:, n_obs:])
+        # The actor learns along the routes that it acted on; at next_obs it goes the greedy ones.
+        policy = self._actor.forward(now_and_after[:, :n_obs], tasks, RouteChoice.given(rows.route), n_back=n)
+        actions = now_and_after[:, n_obs:]  # written here, read by the critics
+        logp = squash(policy.out[0], draws.noise, actions)  # [2B]
 
-        q = forward_pass(critics, acted, task, draws.critic_choice, needs="parameters")
-        frozen_q = forward_pass(critics, now, task, GREEDY, needs="input")
-        target_q = forward_pass(targets, after, task, GREEDY)
+        # The critics learn from the actions in the batch; at the actor's they are constant.
+        value = self._critics.forward(acted_and_now, tasks, draws.critic_choice, n_back=2 * n)
+        target = self._targets.forward(rows.x[2], tasks.first(n))
         losses = sac_losses(
-            *(q.out[..., 0], frozen_q.out[..., 0], target_q.out[..., 0], logp, next_logp, rows.reward, rows.terminal),
-            *(agent.log_alpha, cfg.gamma, -float(agent.actor.action_size), cfg.max_task_loss, self._alpha_gradient),
+            *(value.out[..., 0], target.out[..., 0], logp, rows.reward, rows.terminal, agent.log_alpha),
+            *(cfg.gamma, -float(agent.actor.action_size), cfg.max_task_loss, self._alpha_gradient),
         )
         loss = LossGradients(*losses)
-        d_action = frozen_q.to_input(loss.d_frozen_q[..., None])[:, n_obs:]  # [B,A]
-        d_policy = squash_backward(d_action, loss.d_logp, policy.out[0], draws.noise, now[:, n_obs:])  # [B,2A]
-        policy.to_parameters(d_policy[None], self._actor_gradients)
-        q.to_parameters(loss.d_q[..., None], self._critic_gradients)
+        d_now = value.backward(loss.d_q[..., None])  # [B,O+A]
+        assert d_now is not None
+        d_policy = squash_backward(d_now[:, n_obs:], loss.d_logp, policy.out[0, :n], draws.noise[:n], actions[:n])
+        policy.backward(d_policy[None])
         return loss.losses
 
     def state_dict(self) -> dict[str, object]:

@@ -144,15 +144,22 @@ class RoutedNetwork(nn.Module):
         )  # [E,B,D]
         return self.head(mixed), routes
 
-    def runs_as_one(self, x: Tensor) -> bool:
-        """Whether `routed_network` takes all of it: on the CPU, for as many rows as make packing the weights worth it,
-        and where nobody has hooked or replaced a layer, which would then be passed over."""
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether x meets each layer as it is: no autocast, and nobody has hooked or replaced a layer, which whoever
+        computes from the parameters alone would pass over."""
         layers = (*self.base, self.task, self.module0, self.head, *self.route)
         if under_autocast(x) or not all(type(v) is EnsembleLinear for v in layers):
             return False
-        if any(v._forward_hooks or v._forward_pre_hooks or v._backward_hooks or v._backward_pre_hooks for v in layers):
-            return False
+        return not any(
+            v._forward_hooks or v._forward_pre_hooks or v._backward_hooks or v._backward_pre_hooks for v in layers
+        )
+
+    def runs_as_one(self, x: Tensor) -> bool:
+        """Whether `routed_network` takes all of it: on the CPU, for as many rows as make packing the weights worth it,
+        and where each layer is plain."""
         cfg = self.cfg
+        if not self.is_plain(x):
+            return False
         if cfg.backend not in ("auto", "cpp"):  # whose limits of width are for the modules alone
             return False
         widest = max(self.n_in, cfg.base_width, cfg.module_width, *cfg.route_widths, self.head.weight.shape[1])

@@ -13,23 +13,19 @@ class LossGradients(NamedTuple):
 
     losses      [6,T] each task's loss of alpha, actor and (summed) critics; 1 where their sum was too large to count,
                 else 0; the policy's entropy; alpha
-    d_q         [E,B] gradient at the critics' values of the batch's actions
-    d_frozen_q  [E,B] at the constant critics' values of the actor's actions
-    d_logp      [B]   at the actor's log probabilities
+    d_q         [E,2B] gradient at the critics' values
+    d_logp      [B]    at the actor's log probabilities at obs
     """
 
     losses: Tensor
     d_q: Tensor
-    d_frozen_q: Tensor
     d_logp: Tensor
 
 
 def reference(
     q: Tensor,
-    frozen_q: Tensor,
     target_q: Tensor,
     logp: Tensor,
-    next_logp: Tensor,
     reward: Tensor,
     terminal: Tensor,
     log_alpha: Tensor,
@@ -37,15 +33,16 @@ def reference(
     target_entropy: float,
     max_task_loss: float,
     d_log_alpha: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Every loss and its gradient; rows of a task stand together, B/T of each, tasks in order.
 
-    q, frozen_q, target_q   [E,B] values of {batch action; the actor's action at obs, critics constant; at next_obs,
-                            target critics}
-    logp, next_logp         [B]   of the actor's actions at obs and at next_obs
-    reward, terminal        [B]
-    log_alpha               [T]
-    d_log_alpha             [T]   is written: the gradient of log alpha
+    q                 [E,2B] values of the batch's actions at obs; then, by the critics as constants, of the actor's
+                      there: frozen_q
+    target_q          [E,B]  the target critics' values of the actor's actions at next_obs
+    logp              [2B]   of the actor's actions at obs, and then at next_obs: next_logp
+    reward, terminal  [B]
+    log_alpha         [T]
+    d_log_alpha       [T]    is written: the gradient of log alpha
 
         w = T softmax(-log alpha)
         y = reward + gamma (1 - terminal) (min_e target_q - alpha next_logp)
@@ -54,7 +51,8 @@ def reference(
         L_critic_e = mean w (q_e - y)^2
         L = 1/T sum of (L_alpha + L_actor + sum_e L_critic_e) over the tasks where that is at most max_task_loss
     """
-    n_tasks = len(log_alpha)
+    n_tasks, n_rows = len(log_alpha), len(reward)
+    q, frozen_q, logp, next_logp = q[:, :n_rows], q[:, n_rows:], logp[:n_rows], logp[n_rows:]
 
     def by_task(value: Tensor) -> Tensor:  # [...,B] -> [...,T,n]
         return value.view(*value.shape[:-1], n_tasks, -1)
@@ -79,22 +77,19 @@ def reference(
     left_out = 1 - kept[:, 0].to(q.dtype)
     return (
         torch.stack([alpha_loss, actor_loss, critic_loss, left_out, -mean_logp, alpha[:, 0]]),
-        d_q,
-        d_frozen_q,
+        torch.cat([d_q, d_frozen_q], 1),
         d_logp,
     )
 
 
 sac_losses = define(
-    "sac_losses(Tensor q, Tensor frozen_q, Tensor target_q, Tensor logp, Tensor next_logp, Tensor reward, "
-    "Tensor terminal, Tensor log_alpha, float gamma, float target_entropy, float max_task_loss, "
-    "Tensor(a!) d_log_alpha) -> (Tensor, Tensor, Tensor, Tensor)",
+    "sac_losses(Tensor q, Tensor target_q, Tensor logp, Tensor reward, Tensor terminal, Tensor log_alpha, float gamma, "
+    "float target_entropy, float max_task_loss, Tensor(a!) d_log_alpha) -> (Tensor, Tensor, Tensor)",
     reference,
-    lambda q, frozen_q, target_q, logp, next_logp, reward, terminal, log_alpha, *_: (
+    lambda q, target_q, logp, reward, terminal, log_alpha, *_: (
         q.new_empty(6, len(log_alpha)),
         q.new_empty(q.shape),
-        q.new_empty(q.shape),
-        logp.new_empty(logp.shape),
+        q.new_empty(reward.shape),
     ),
     launcher("sac_losses", "sac_losses", reference),
 )

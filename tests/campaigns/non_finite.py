@@ -51,7 +51,7 @@ from d2r_fast.envs.official_worker import RESET, STEP
 from d2r_fast.evaluation import play
 from d2r_fast.learning import learner
 from d2r_fast.learning.finite import first_not_finite
-from d2r_fast.learning.sac import Draws
+from d2r_fast.learning.update import Draws
 from d2r_fast.nets.d2r import RouteChoice
 from d2r_fast.training import trainer
 from d2r_fast.training.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
@@ -267,9 +267,10 @@ class Spoiled:
 
         def spoiled(*args: Any) -> Draws:
             draws = drawn(*args)
+            noise, next_noise = draws.noise.chunk(2)
             where = {
-                "noise": draws.noise,
-                "next_noise": draws.next_noise,
+                "noise": noise,
+                "next_noise": next_noise,
                 "critics' gumbel": draws.critic_choice.noise,
                 "critics' temperature": draws.critic_choice.temperature,
             }[case.place]

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
-MODULES = ("routed_modules", "weight_gradient", "select_routes")
+MODULES = ("layers", "routed_modules", "weight_gradient", "select_routes")
 MODULES += ("gumbel", "squashed_normal", "sac_losses", "replay_rows", "optimiser_step")
 NARROW = ("N5-K2-D16", "N5-K2-D17")
 

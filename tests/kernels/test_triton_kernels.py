@@ -322,6 +322,49 @@ def test_routes_of_no_rows_and_of_strided_logits():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("mode", ["sampled", "given"])
+def test_rows_past_those_of_the_choice_are_greedy(mode):
+    e, b, n, k, first = 2, 17, 6, 3, 10
+    logits = random_logits(e, b, n).to(DEVICE, DTYPE)
+    temperature = (torch.rand(first) + 0.1).to(DEVICE, DTYPE) if mode == "sampled" else None
+    noise = gumbel((e, first, logits.shape[2]), logits) if mode == "sampled" else None
+    given = random_index(e, first, n, k).to(DEVICE, torch.uint8) if mode == "given" else None
+    both = choose(logits, temperature, noise, given, k, n, True)
+    chosen = choose(logits[:, :first], temperature, noise, given, k, n, True)
+    greedy = choose(logits[:, first:], None, None, None, k, n, True)
+    for a, *parts in zip(both, chosen, greedy, strict=True):
+        assert torch.equal(a, torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize("sort_rows", [False, True], ids=["as_they_come", "sorted"])
+def test_the_gradient_of_the_first_rows(sort_rows):
+    """Back through 33 of 40 rows, 20 of which are for the weights; written between other numbers."""
+    case = make_modules(2, 40, 6, 2, 20)
+    h0, weight, bias, routes = case
+    cotangent = torch.randn(2, 40, 20, device=DEVICE, dtype=DTYPE)
+    _, h, opened = triton_modules.forward(h0, weight, bias, routes, True, "float32", True)
+    d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias)
+    d_h0, _, _, d_gate = triton_modules.backward(
+        *(cotangent[:, :33], weight, h, opened, routes, True, "float32", True, sort_rows, 20, d_weight, d_bias)
+    )
+
+    def of_first(n):
+        return h0[:, :n], weight, bias, type(routes)(*(v[:, :n] for v in routes))
+
+    back, to_weight = truth_of(of_first(33), cotangent[:, :33]), truth_of(of_first(20), cotangent[:, :20])
+    expected = {"h0": back["h0"], "gate": back["gate"], "weight": to_weight["weight"], "bias": to_weight["bias"]}
+    ours = {"h0": d_h0, "gate": d_gate, "weight": d_weight, "bias": d_bias}
+    for name, value in expected.items():
+        assert largest(ours[name] - value) <= TOLERANCE * max(1.0, largest(value)), name
+
+    n_logits = 6 * 7 // 2
+    wide = torch.zeros(2, 33, n_logits + 5, device=DEVICE, dtype=DTYPE)
+    triton_routes.backward(d_gate, routes.index, routes.gate, wide[..., 2:-3])
+    first = type(routes)(*(v[:, :33] for v in routes))
+    assert torch.equal(wide[..., 2:-3], triton_routes.backward(d_gate, first.index, first.gate))
+    assert not wide[..., :2].any() and not wide[..., -3:].any()
+
+
 def test_routes_refuse_half_precision():
     with pytest.raises(ValueError, match=r"triton: expected float32 for noise, got torch.float16"):
         choose(torch.zeros(1, 2, 1, device=DEVICE), torch.ones(2), torch.zeros(1, 2, 1).half(), None, 1, 1, True)
