@@ -25,7 +25,7 @@ std::vector<Piece> split_segments(const int64_t* segments, int64_t n_segments) {
 Tensor optimiser_step(Tensor values, Tensor gradient, Tensor first, Tensor second, Tensor targets, Tensor step,
                       Tensor log_alpha, Tensor route_temp, Tensor segments, int64_t targets_begin,
                       std::vector<double> learning_rates, double beta1, double beta2, double eps, double max_norm,
-                      double target_rate) {
+                      double target_rate, double max_log_alpha) {
   const ScalarType real = values.scalar_type();
   check(values.dim() == 1 && segments.dim() == 2, "values, segments: expected [n] and [S,3], got ", shape_text(values.sizes()),
         " and ", shape_text(segments.sizes()));
@@ -77,7 +77,7 @@ Tensor optimiser_step(Tensor values, Tensor gradient, Tensor first, Tensor secon
     });
     T *alpha = data<T>(log_alpha), *temperature = data<T>(route_temp), sum = 0, least = 0;
     for (int64_t t = 0; t < n_tasks; ++t) {
-      if (alpha[t] > 0) alpha[t] = 0;
+      if (alpha[t] > T(max_log_alpha)) alpha[t] = T(max_log_alpha);
       least = t == 0 || alpha[t] < least ? alpha[t] : least;
     }
     for (int64_t t = 0; t < n_tasks; ++t) sum += temperature[t] = std::exp(least - alpha[t]);

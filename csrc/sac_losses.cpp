@@ -16,7 +16,7 @@ T smaller(T a, T b) {
 
 std::tuple<Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor target_q, Tensor logp, Tensor reward, Tensor terminal,
                                               Tensor log_alpha, double gamma, double target_entropy, double max_task_loss,
-                                              Tensor d_log_alpha) {
+                                              bool weighted, Tensor d_log_alpha) {
   const ScalarType real = q.scalar_type();
   check(target_q.dim() == 2, "target_q: expected [E,B], got ", shape_text(target_q.sizes()));
   check(log_alpha.dim() == 1, "log_alpha: expected [T], got ", shape_text(log_alpha.sizes()));
@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor target_q, Tensor 
     for (int64_t t = 0; t < n_tasks; ++t) sum += std::exp(least - log_alpha_of[t]);
     const int64_t per_task = n_rows / n_tasks;
     for (int64_t t = 0; t < n_tasks; ++t) {
-      const T alpha = std::exp(log_alpha_of[t]), weight = n_tasks * (std::exp(least - log_alpha_of[t]) / sum);
+      const T alpha = std::exp(log_alpha_of[t]);
+      const T weight = weighted ? n_tasks * (std::exp(least - log_alpha_of[t]) / sum) : T(1);
       const T mean = T(1) / per_task;
       T actor = 0, critic = 0, sum_logp = 0;
       for (int64_t row = t * per_task; row < (t + 1) * per_task; ++row) {

@@ -7,7 +7,9 @@ from d2r_fast.envs import WorkerError
 
 USAGE = """usage: d2r COMMAND ...
 
-  d2r train PRESET [--FIELD VALUE ...] [--run-dir DIR]   train; PRESET may be a run's config.json
+  d2r train PRESET [--net KIND] [--FIELD VALUE ...] [--run-dir DIR]
+                                                         train; PRESET may be a run's config.json, KIND is d2r, mlp,
+                                                         multi-head, soft-modules, paco, moore, care or film
   d2r train --resume RUN [--FIELD VALUE ...]             go on from a run directory's newest good checkpoint, or from
                                                          the one of its checkpoints that RUN is
   d2r eval RUN_OR_CHECKPOINT [--protocol fast|published|official] [--json FILE]
@@ -15,7 +17,7 @@ USAGE = """usage: d2r COMMAND ...
   d2r fidelity [--tasks TASKS] [--json FILE] [--markdown FILE]
                                                          our environments against the official package
   d2r presets                                            the presets and what they are for
-  d2r info                                               versions, devices and backends
+  d2r info                                               versions, devices, backends and networks
 
 d2r train PRESET --help, d2r eval --help and d2r fidelity --help list every option.
 """

@@ -1,11 +1,15 @@
 """Every setting of a run, checked where it is made. Letters in the docstrings are the paper's."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from d2r_fast.envs.fidelity_table import EngineChoice, choose_engines
 from d2r_fast.envs.metaworld import Goals, parse_tasks
 from d2r_fast.nets.d2r import NetConfig
+from d2r_fast.nets.settings import NetConfigBase
+
+INF = float("inf")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -29,18 +33,42 @@ class SacConfig:
     """Adam step of the tasks' log alpha."""
     init_alpha: float = 1.0
     """Entropy coefficient of every task at the start, in (0, 1]."""
-    max_grad_norm: float = 1.0
-    """Gradient norm that the actor, each critic and log alpha are clipped to, each for itself."""
-    max_task_loss: float = 3000.0
-    """A task whose summed loss exceeds this is left out of the update."""
+    max_alpha: float | None = 1.0
+    """Largest entropy coefficient of a task; None: no limit. 1 in the published D2R and PaCo, none in the others."""
+    task_weights: bool = True
+    """Weigh a task's actor and critic losses by T softmax(-log alpha), as D2R and Soft Modules; the others do not."""
+    adam_eps: float = 1e-8
+    """Added to the root in Adam's step; 1e-7 in PaCo, 1e-5 in the JAX port of all methods but D2R."""
+    max_grad_norm: float | None = 1.0
+    """Gradient norm that the actor, each critic and log alpha are clipped to, each for itself; None: no limit, as PaCo,
+    MOORE and mtrl."""
+    max_task_loss: float | None = 3000.0
+    """A task whose summed loss exceeds this is left out of the update, as in D2R and PaCo; None: no limit."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.gamma <= 1, f"sac.gamma: expected 0..1, got {self.gamma}")
         _require(0 < self.target_rate <= 1, f"sac.target_rate: expected within (0, 1], got {self.target_rate}")
         _require(0 < self.init_alpha <= 1, f"sac.init_alpha: expected within (0, 1], got {self.init_alpha}")
-        for name in ("actor_lr", "critic_lr", "alpha_lr", "max_grad_norm", "max_task_loss"):
+        for name in ("actor_lr", "critic_lr", "alpha_lr", "adam_eps", "max_alpha", "max_grad_norm", "max_task_loss"):
             value = getattr(self, name)
-            _require(0 < value < float("inf"), f"sac.{name}: expected a finite number over 0, got {value}")
+            _require(value is None or 0 < value < INF, f"sac.{name}: expected a finite number over 0, got {value}")
+        _require(
+            self.max_alpha is None or self.init_alpha <= self.max_alpha,
+            f"sac.init_alpha: expected at most max_alpha={self.max_alpha}, got {self.init_alpha}",
+        )
+
+    @property
+    def max_log_alpha(self) -> float:
+        """Infinite without a limit, as the next two."""
+        return INF if self.max_alpha is None else math.log(self.max_alpha)
+
+    @property
+    def norm_limit(self) -> float:
+        return INF if self.max_grad_norm is None else self.max_grad_norm
+
+    @property
+    def loss_limit(self) -> float:
+        return INF if self.max_task_loss is None else self.max_task_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +134,7 @@ class RunConfig:
     old, as published. False, or `deterministic`: they take turns. The ratio is exact either way; bitwise equal runs are
     promised by `deterministic` alone."""
     env: EnvConfig = field(default_factory=EnvConfig)
-    net: NetConfig = field(default_factory=NetConfig)
+    net: NetConfigBase = field(default_factory=NetConfig)
     sac: SacConfig = field(default_factory=SacConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 

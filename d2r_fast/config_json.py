@@ -9,6 +9,9 @@ import cattrs
 from cattrs.v import format_exception
 
 from d2r_fast.config import RunConfig
+from d2r_fast.nets.d2r import NetConfig
+from d2r_fast.nets.kinds import NET_CONFIGS
+from d2r_fast.nets.settings import NetConfigBase
 from d2r_fast.presets import PRESETS
 
 
@@ -24,6 +27,16 @@ def _make_converter() -> cattrs.Converter:
 
         return structure
 
+    def network(value: Any, target: type) -> NetConfigBase:
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a JSON object, got {value!r}")
+        settings = dict(value)
+        kind = settings.pop("kind", NetConfig.kind)  # runs from before there was a choice are D2R's
+        if not isinstance(kind, str) or kind not in NET_CONFIGS:
+            raise ValueError(f"net.kind: expected {', '.join(NET_CONFIGS)}, got {kind!r}")
+        return converter.structure(settings, NET_CONFIGS[kind])
+
+    converter.register_structure_hook_func(lambda target: target is NetConfigBase, network)
     converter.register_structure_hook(int, exactly(int))
     converter.register_structure_hook(float, exactly(int, float))
     converter.register_structure_hook(bool, exactly(bool))
@@ -41,7 +54,9 @@ def _explain(error: BaseException, target: type | None) -> str:
 
 def config_to_json(cfg: RunConfig) -> str:
     """The whole configuration, as config.json holds it."""
-    return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
+    raw = dataclasses.asdict(cfg)
+    raw["net"] = {"kind": cfg.net.kind, **raw["net"]}
+    return json.dumps(raw, indent=2) + "\n"
 
 
 def config_from_json(text: str, where: str) -> RunConfig:

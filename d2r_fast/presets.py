@@ -1,8 +1,69 @@
-"""Named run configurations."""
+"""Named run configurations, and the sizes that each network comes in."""
+
+from dataclasses import replace
 
 from d2r_fast.config import EnvConfig, EvalConfig, RunConfig, SacConfig
 from d2r_fast.envs.metaworld import Goals
+from d2r_fast.nets.care import CareConfig
 from d2r_fast.nets.d2r import NetConfig
+from d2r_fast.nets.film import FilmConfig
+from d2r_fast.nets.kinds import NET_CONFIGS
+from d2r_fast.nets.mlp import MlpConfig
+from d2r_fast.nets.moore import MooreConfig
+from d2r_fast.nets.multi_head import MultiHeadConfig
+from d2r_fast.nets.paco import PacoConfig
+from d2r_fast.nets.settings import NetConfigBase
+from d2r_fast.nets.soft_modules import SoftModulesConfig
+
+# Where a method's sizes for MT50 are other than its defaults, which are those for MT10. CARE's are the JAX port's.
+_FOR_MT50: dict[str, NetConfigBase] = {
+    cfg.kind: cfg for cfg in (PacoConfig(n_sets=20), MooreConfig(n_experts=6), CareConfig(n_experts=10))
+}
+# Of about 70,000 parameters an actor, for two CPU cores.
+_QUICK_NETS: dict[str, NetConfigBase] = {
+    cfg.kind: cfg
+    for cfg in (
+        NetConfig(n_modules=6, module_width=64, base_width=128, route_widths=(64,)),
+        MlpConfig(widths=(160, 160, 160)),
+        MultiHeadConfig(widths=(160, 160, 160)),
+        SoftModulesConfig(n_layers=2, n_modules=2, module_width=64, base_widths=(128, 128), gating_widths=(64,)),
+        PacoConfig(n_sets=2, widths=(112, 112, 112)),
+        MooreConfig(n_experts=2, widths=(112, 112, 112)),
+        CareConfig(n_experts=4, embedding_width=32, encoder_widths=(32, 32), widths=(144, 144, 144)),
+        FilmConfig(embedding_width=32, encoder_widths=(32, 32), widths=(160, 160, 160)),
+    )
+}
+
+# How a method's own code trains, as far as settings go; what it names stands at the settings.
+_SAC: dict[str, SacConfig] = {
+    NetConfig.kind: SacConfig(),
+    SoftModulesConfig.kind: SacConfig(alpha_lr=3e-4, max_alpha=None, max_task_loss=None),
+    PacoConfig.kind: SacConfig(adam_eps=1e-7, task_weights=False, max_grad_norm=None),
+    MooreConfig.kind: SacConfig(max_alpha=None, task_weights=False, max_grad_norm=None, max_task_loss=None),
+}
+_SAC |= dict.fromkeys((MlpConfig.kind, MultiHeadConfig.kind), replace(_SAC[SoftModulesConfig.kind], task_weights=False))
+_SAC |= dict.fromkeys(
+    (CareConfig.kind, FilmConfig.kind),
+    SacConfig(alpha_lr=3e-4, max_alpha=None, task_weights=False, max_grad_norm=None, max_task_loss=None),
+)
+
+
+def with_net(cfg: RunConfig, kind: str) -> RunConfig:
+    """A run with another network, in the sizes that suit it: those of `quick` for a run that is called so, else the
+    published ones, for MT50 beyond ten tasks. ValueError: no such network.
+    """
+    if kind not in NET_CONFIGS:
+        raise ValueError(f"--net: expected one of {', '.join(NET_CONFIGS)}, got {kind!r}")
+    if kind == cfg.net.kind:
+        return cfg
+    published = _FOR_MT50.get(kind) if cfg.n_tasks > 10 else None
+    return replace(cfg, net=_QUICK_NETS[kind] if cfg.name == "quick" else published or NET_CONFIGS[kind]())
+
+
+def _compared(suite: str, kind: str) -> RunConfig:
+    """A method that D2R is compared with, as its own code has it; environments and steps as D2R's."""
+    base = RunConfig(name=f"mt10-{kind}") if suite == "mt10" else _like_mt50(f"mt50-{kind}", "MT50", 50)
+    return replace(with_net(base, kind), sac=_SAC[kind])
 
 
 def _like_mt50(name: str, tasks: str, n_tasks: int, goals: Goals = "random") -> RunConfig:
@@ -46,7 +107,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
                 envs_per_task=4,
                 episode_length=150,
             ),
-            net=NetConfig(n_modules=6, module_width=64, base_width=128, route_widths=(64,)),
+            net=_QUICK_NETS[NetConfig.kind],
             sac=SacConfig(gamma=0.98, actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, init_alpha=0.003),
             eval=EvalConfig(every_chunks=10),
             total_steps=60_000,
@@ -58,4 +119,21 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             checkpoint_every_chunks=25,
         ),
     ),
+}
+_METHODS = {
+    MlpConfig.kind: "MT-SAC",
+    MultiHeadConfig.kind: "MT-SAC with a head a task",
+    SoftModulesConfig.kind: "Soft Modules (deep)",
+    PacoConfig.kind: "PaCo",
+    MooreConfig.kind: "MOORE",
+    CareConfig.kind: "CARE",
+    FilmConfig.kind: "FiLM",
+}
+PRESETS |= {
+    f"{suite}-{kind}": (
+        f"{method}: network and update as in its code, the rest as {suite}-rand",
+        _compared(suite, kind),
+    )
+    for kind, method in _METHODS.items()
+    for suite in ("mt10", "mt50")
 }

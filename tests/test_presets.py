@@ -1,5 +1,6 @@
 """Configurations as JSON and back, what is refused on the way in, and the presets' own numbers."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,8 @@ from d2r_fast.config import RunConfig
 from d2r_fast.config_json import config_from_json, config_to_json, load_config
 from d2r_fast.envs import ALL_TASKS, MT10, MultiTaskEnvs
 from d2r_fast.nets.agent import Actor
-from d2r_fast.presets import PRESETS
+from d2r_fast.nets.kinds import NET_CONFIGS
+from d2r_fast.presets import PRESETS, with_net
 
 
 def changed(**changes) -> str:
@@ -26,10 +28,35 @@ def changed(**changes) -> str:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_json(name):
     cfg = PRESETS[name][1]
-    again = config_from_json(config_to_json(cfg), "here")
+    text = config_to_json(cfg)
+    json.loads(text, parse_constant=pytest.fail)  # nor NaN nor infinity, which JSON does not have
+    again = config_from_json(text, "here")
     assert again == cfg
-    assert isinstance(again.net.route_widths, tuple)
+    assert all(type(v) is type(getattr(cfg.net, k)) for k, v in dataclasses.asdict(again.net).items())
     assert type(again.sac.gamma) is float
+
+
+def test_a_configuration_from_before_there_was_a_choice_is_of_d2r():
+    raw = json.loads(config_to_json(RunConfig()))
+    assert raw["net"].pop("kind") == "d2r"
+    assert config_from_json(json.dumps(raw), "here") == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        ({"kind": "hard-modules"}, "expected d2r, mlp, multi-head, .*, got 'hard-modules'"),
+        ({"kind": ["mlp"]}, "got \\['mlp'\\]"),
+        ({"kind": "mlp", "top_k": 2}, "top_k"),
+        ({"kind": "moore", "n_experts": 500}, "net.n_experts: expected at most the last of widths"),
+        ({"kind": "care", "temperature": "1"}, "expected float, got '1'"),
+        (["mlp"], "expected a JSON object, got \\['mlp'\\]"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(net, message):
+    raw = json.loads(config_to_json(RunConfig())) | {"net": net}
+    with pytest.raises(ValueError, match=f"^here: not a run configuration: .*{message}"):
+        config_from_json(json.dumps(raw), "here")
 
 
 def test_fields_of_every_kind_survive_json():
@@ -123,7 +150,7 @@ def test_load_config_by_name_and_by_path(tmp_path):
     path.write_text(changed(seed=5))
     assert load_config(str(path)) == RunConfig(seed=5)
     for wrong in ("quik", str(tmp_path), str(tmp_path / "none.json")):
-        with pytest.raises(ValueError, match=r"expected a preset \(mt10-rand, .*quick\) or the path of a config\.json"):
+        with pytest.raises(ValueError, match=r"expected a preset \(mt10-rand, .*, mt50-film\) or the path of a config"):
             load_config(wrong)
 
 
@@ -153,3 +180,41 @@ def test_mt10_rand_is_the_published_setting():
     actor = Actor(MultiTaskEnvs.obs_size, MultiTaskEnvs.action_size, cfg.n_tasks, net)
     # The published count of 684,250 includes its actor's 10 route temperatures, which are the agent's here (dev 5).
     assert sum(p.numel() for p in actor.parameters()) + cfg.n_tasks == 684_250
+
+
+# How each method's code trains: alpha's rate, largest alpha, task weights, Adam's eps, clipping, losses left out.
+METHODS = {
+    "mlp": (3e-4, None, False, 1e-8, 1.0, None),
+    "multi-head": (3e-4, None, False, 1e-8, 1.0, None),
+    "soft-modules": (3e-4, None, True, 1e-8, 1.0, None),
+    "paco": (1e-4, 1.0, False, 1e-7, None, 3000.0),
+    "moore": (1e-4, None, False, 1e-8, None, None),
+    "care": (3e-4, None, False, 1e-8, None, None),
+    "film": (3e-4, None, False, 1e-8, None, None),
+}
+
+
+@pytest.mark.parametrize("kind", NET_CONFIGS)
+@pytest.mark.parametrize("suite", ["mt10", "mt50"])
+def test_a_method_trains_as_its_code_does_in_the_setting_of_d2r(suite, kind):
+    ours, d2r = PRESETS[f"{suite}-{'rand' if kind == 'd2r' else kind}"][1], PRESETS[f"{suite}-rand"][1]
+    assert ours.net.kind == kind
+    assert dataclasses.replace(ours, name=d2r.name, net=d2r.net, sac=d2r.sac) == d2r
+    sac = ours.sac
+    if kind in METHODS:
+        told = (sac.alpha_lr, sac.max_alpha, sac.task_weights, sac.adam_eps, sac.max_grad_norm, sac.max_task_loss)
+        assert told == METHODS[kind]
+
+
+@pytest.mark.parametrize("kind", NET_CONFIGS)
+def test_a_network_comes_in_the_sizes_that_suit_the_run(kind):
+    for name in ("mt10-rand", "mt50-rand", "quick"):
+        cfg = PRESETS[name][1]
+        other = with_net(cfg, kind)
+        assert dataclasses.replace(other, net=cfg.net) == cfg
+        if name != "quick":
+            assert other.net == PRESETS[f"{name[:4]}-{'rand' if kind == 'd2r' else kind}"][1].net
+        else:
+            actor = Actor(MultiTaskEnvs.obs_size, MultiTaskEnvs.action_size, cfg.n_tasks, other.net)
+            assert 50_000 < sum(p.numel() for p in actor.parameters()) < 90_000
+    assert with_net(RunConfig(net=PRESETS["quick"][1].net), "d2r").net == PRESETS["quick"][1].net  # it has it already

@@ -23,17 +23,17 @@ def success_table(tasks: tuple[str, ...], success: list[float], episode_return: 
 
 
 def write_report(run_dir: Path, tasks: tuple[str, ...]) -> list[Path]:
-    """Draw `learning_curve.png` and `module_use.png` into the run directory; returns the files.
+    """Draw `learning_curve.png` and, for a network with routes, `module_use.png` into the run directory; returns the
+    files.
 
     Without an evaluation so far there is nothing to draw, and the list is empty.
     """
     evals = read_metrics(run_dir, "eval")
     if not evals:
         return []
-    pictures = {
-        "learning_curve.png": _learning_curve(run_dir.name, tasks, evals),
-        "module_use.png": _module_use(run_dir.name, tasks, evals[-1]),
-    }
+    pictures = {"learning_curve.png": _learning_curve(run_dir.name, tasks, evals)}
+    if evals[-1]["module_use"][0]:
+        pictures["module_use.png"] = _module_use(run_dir.name, tasks, evals[-1])
     for name, figure in pictures.items():
         with whole_file(run_dir / name) as file:
             figure.savefig(file, format="png", dpi=120)

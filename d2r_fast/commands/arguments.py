@@ -1,17 +1,15 @@
 """Arguments that are looked at before tyro, or without it."""
 
-from pathlib import Path
 
-
-def take_option(args: list[str], name: str) -> tuple[Path | None, list[str]]:
+def take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
     """Take `--name VALUE` or `--name=VALUE` out of the arguments."""
     for i, arg in enumerate(args):
         if arg == name:
             if i + 1 == len(args):
-                raise ValueError(f"{name}: expected a path behind it")
-            return Path(args[i + 1]), args[:i] + args[i + 2 :]
+                raise ValueError(f"{name}: expected a value behind it")
+            return args[i + 1], args[:i] + args[i + 2 :]
         if arg.startswith(name + "="):
-            return Path(arg.partition("=")[2]), args[:i] + args[i + 1 :]
+            return arg.partition("=")[2], args[:i] + args[i + 1 :]
     return None, args
 
 

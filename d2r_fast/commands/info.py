@@ -1,4 +1,4 @@
-"""`d2r info`: versions, devices and backends."""
+"""`d2r info`: versions, devices, backends and networks."""
 
 import platform
 from importlib import metadata, util
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from d2r_fast.commands.arguments import require_no_arguments
+from d2r_fast.commands.networks import describe
+from d2r_fast.nets.kinds import NET_CONFIGS
 from d2r_fast.ops.backends import availability
 
 
@@ -28,6 +30,8 @@ def run(args: list[str]) -> int:
         print(f"gpu        none: {why}")
     for name, state in availability().items():
         print(f"backend    {name}: {state}")
+    for config in NET_CONFIGS.values():
+        print(f"network    {describe(config(), 10)} on MT10")
     return 0
 
 

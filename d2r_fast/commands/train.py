@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from d2r_fast.analysis.pictures import success_table, write_report
 from d2r_fast.commands.arguments import take_option
+from d2r_fast.commands.networks import describe
 from d2r_fast.config import RunConfig
 from d2r_fast.config_json import load_config, read_config
 from d2r_fast.envs import describe_engines
-from d2r_fast.presets import PRESETS
+from d2r_fast.presets import PRESETS, with_net
 from d2r_fast.training.checkpoint import checkpoint_files, find_checkpoint
 from d2r_fast.training.claim import Claim
 from d2r_fast.training.metrics import read_metrics
@@ -35,13 +36,16 @@ def run(args: list[str]) -> int:
     """Train to the end or to a stop. ValueError, OSError: what was asked for cannot be had."""
     wanted, args = take_option(args, "--resume")
     if wanted is not None:
-        return _to_the_end(_resume(wanted, args))
+        return _to_the_end(_resume(Path(wanted), args))
     if not args or args[0].startswith("-"):
         raise ValueError(f"expected a preset ({', '.join(PRESETS)}), a config.json or --resume RUN first")
-    run_dir, overrides = take_option(args[1:], "--run-dir")
-    cfg = tyro.cli(RunConfig, prog=f"d2r train {args[0]}", default=load_config(args[0]), args=overrides)
-    if run_dir is None:
-        run_dir = Path("runs") / f"{cfg.name}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    asked_dir, overrides = take_option(args[1:], "--run-dir")
+    kind, overrides = take_option(overrides, "--net")
+    default = load_config(args[0])
+    if kind is not None:
+        default = with_net(default, kind)
+    cfg = tyro.cli(RunConfig, prog=f"d2r train {args[0]}", default=default, args=overrides)
+    run_dir = Path(asked_dir or f"runs/{cfg.name}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     if run_dir.exists() and (not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} - LEFT_BY_A_START):
         raise FileExistsError(f"--run-dir: {run_dir} exists and is not empty; to go on from it: --resume {run_dir}")
     return _to_the_end(Trainer(cfg, run_dir))
@@ -80,13 +84,12 @@ def _resume(wanted: Path, args: list[str]) -> Trainer:
 
 def _to_the_end(trainer: Trainer) -> int:
     cfg, run_dir = trainer.cfg, trainer.run_dir
-    sizes = {name: sum(p.numel() for p in getattr(trainer.agent, name).parameters()) for name in ("actor", "critics")}
     print(f"run        {run_dir}")
     print(f"device     {trainer.device} ({torch.get_num_threads()} threads), torch {torch.__version__}")
     env = cfg.env
     print(f"tasks      {', '.join(trainer.tasks)}; {env.envs_per_task} environments each")
     print(f"engines    {describe_engines(trainer.tasks, env.engine, env.goals)}")
-    print(f"parameters actor {sizes['actor']:,}, both critics {sizes['critics']:,}")
+    print(f"network    {describe(cfg.net, cfg.n_tasks)}")
     print(
         f"replay     {cfg.replay_capacity:,} transitions, {trainer.replay.n_bytes / 2**20:,.0f} MiB on {trainer.device}"
     )

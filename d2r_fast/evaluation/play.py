@@ -26,7 +26,7 @@ class EvalResult(NamedTuple):
 
     success: list[float]  # [T] share of episodes
     episode_return: list[float]  # [T] mean sum of unscaled rewards
-    module_use: list[list[float]]  # [T][N] share of steps in which the actor ran the module
+    module_use: list[list[float]]  # [T][N] share of steps in which the actor ran the module; N is 0 without routes
     episodes: int
 
     @property

@@ -29,7 +29,8 @@ class GreedyPolicy:
         self._actor = copy.deepcopy(actor).eval()
         device, n_tasks = next(actor.parameters()).device, actor.net.n_tasks
         self._rows = torch.zeros(n_tasks, device=device, dtype=torch.float64)  # [T] rows acted for
-        self._ran = torch.zeros(n_tasks, actor.net.cfg.n_modules, device=device, dtype=torch.float64)  # [T,N]
+        n_modules = actor.net.cfg.route_shape[0]
+        self._ran = torch.zeros(n_tasks, n_modules, device=device, dtype=torch.float64)  # [T,N]
 
     @torch.no_grad()
     def eval_action(self, observations: np.ndarray) -> np.ndarray:
@@ -37,16 +38,18 @@ class GreedyPolicy:
         obs = torch.from_numpy(observations[:, :OBS_SIZE].astype(np.float32)).to(device)
         task = torch.from_numpy(observations[:, OBS_SIZE:].argmax(1)).to(device)
         action, routes = self._actor.act_greedily(obs, task)
-        ran = unpack_active(routes.active[0], self._ran.shape[1]).double()  # [rows,N]
-        self._ran.index_add_(0, task, ran)
-        self._rows.index_add_(0, task, torch.ones_like(ran[:, 0]))
+        if routes is not None:
+            ran = unpack_active(routes.active[0], self._ran.shape[1]).double()  # [rows,N]
+            self._ran.index_add_(0, task, ran)
+            self._rows.index_add_(0, task, torch.ones_like(ran[:, 0]))
         return action.cpu().numpy()
 
     def reset(self, env_mask: np.ndarray) -> None:
         """Nothing is carried from step to step."""
 
     def module_use(self) -> list[list[float]]:
-        """[T][N] share of the rows acted for so far in which the module ran; NaN for a task without any.
+        """[T][N] share of the rows acted for so far in which the module ran; NaN for a task without any. N is 0 for a
+        network that runs all of itself for every row.
 
         Copies that act in other processes count for themselves.
         """

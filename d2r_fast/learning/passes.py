@@ -5,10 +5,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from d2r_fast.learning.parameters import FlatParameters
+from d2r_fast.nets.agent import run
 from d2r_fast.nets.d2r import GREEDY, EnsembleLinear, RouteChoice, RoutedNetwork
+from d2r_fast.nets.network import UnroutedNetwork
 from d2r_fast.ops.backends import choose_backend
 from d2r_fast.ops.contract import launcher
 from d2r_fast.ops.reference.products import product
@@ -51,12 +52,15 @@ class Pass(Protocol):
 class Network:
     """Runs passes through one network; made once, for what every pass looks up.
 
-    parameters  as `RoutedNetwork.in_order`
+    parameters  as `RoutedNetwork.in_order`, or simply in order
     gradients   of each, where a backward writes: views of `flat_gradient`; none unless `trained`
     """
 
-    def __init__(self, net: RoutedNetwork, flat: FlatParameters, trained: bool = True):
-        self.net, self.parameters, self.flat_gradient = net, net.in_order(), flat.gradient
+    def __init__(self, net: RoutedNetwork | UnroutedNetwork, flat: FlatParameters, trained: bool = True):
+        self.net: Any = net  # of the kind that a pass is for
+        in_order = net.in_order() if isinstance(net, RoutedNetwork) else net.parameters()
+        self.parameters: list[Tensor] = list(in_order)
+        self.flat_gradient = flat.gradient
         self.gradients = flat.gradients(self.parameters) if trained else []
         self.gradient_of: dict[Tensor, Tensor] = dict(zip(self.parameters, self.gradients, strict=False))
         self.bias_places: Tensor | None = None  # made by `_Layered`
@@ -64,12 +68,20 @@ class Network:
 
     def forward(self, x: Tensor, tasks: RowTasks, choice: RouteChoice = GREEDY, n_back: int = 0) -> Pass:
         """Run x [R,n_in]. The first rows route by `choice`, as many as it holds routes or noise for; the rest is
-        greedy. A backward goes through the first `n_back` rows; 0: there will be none."""
+        greedy. A backward goes through the first `n_back` rows; 0: there will be none.
+
+        Either kind of rows is in task order, as many of each task. A network without routes has only one way, but there
+        too `choice` says how many rows are of the first kind: it holds as many routes of no module.
+        """
         kind = self._kinds.get(len(x))
         if kind is None:  # who hooks a layer later is not seen: looking costs more than a small layer
-            whole, layered = self.net.runs_as_one(x), _runs_layered(self.net, x)
-            kind = self._kinds[len(x)] = _Whole if whole else _Layered if layered else _Composed
+            kind = self._kinds[len(x)] = self._kind_for(x)
         return kind(self, x, tasks, choice, n_back)  # type: ignore[call-arg]
+
+    def _kind_for(self, x: Tensor) -> type[Pass]:
+        if not isinstance(self.net, RoutedNetwork):
+            return _Composed
+        return _Whole if self.net.runs_as_one(x) else _Layered if _runs_layered(self.net, x) else _Composed
 
 
 def _rows_of(choice: RouteChoice) -> int:
@@ -219,12 +231,12 @@ class _Composed:
         if n:
             with torch.set_grad_enabled(n_back > 0):
                 # Copied: its place may be written to meanwhile.
-                outs.append(net(x[:n].clone(), tasks.index[:n], choice)[0])
+                outs.append(run(net, x[:n].clone(), tasks.index[:n], choice, in_task_order=True)[0])
         if n < len(x):
             constant = {name: parameter.detach() for name, parameter in net.named_parameters()}
             self._x = x[n:].clone().requires_grad_(n_back > n)
             with torch.set_grad_enabled(n_back > n):
-                outs.append(functional_call(net, constant, (self._x, tasks.index[n:]))[0])
+                outs.append(run(net, self._x, tasks.index[n:], in_task_order=True, parameters=constant)[0])
         self._outs, self.out = outs, torch.cat([out.detach() for out in outs], 1)
 
     def backward(self, d_out: Tensor) -> Tensor | None:

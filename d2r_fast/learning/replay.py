@@ -77,7 +77,8 @@ class Staging:
 class Replay:
     """Preallocated storage for `capacity` transitions over all T tasks; every task holds the same number.
 
-    The routes take N K bytes a transition (32 at the published sizes); dense 0/1 gates in float32 would take 544.
+    The routes take N K bytes a transition (32 at D2R's published sizes); dense 0/1 gates in float32 would take 544. A
+    network without routes has (0, 0) of them, which take nothing.
     MemoryError: more than the device has free, told before anything is allocated.
     """
 

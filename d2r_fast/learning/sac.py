@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     terminal: Tensor  # [B], 1 where no value follows
     next_obs: Tensor  # [B,O]
     task: Tensor  # [B] int64
-    route: Tensor  # [B,N,K] integer: the sources the actor's routes kept when the row was collected
+    route: Tensor  # [B,N,K] integer: the sources the actor's routes kept when the row was collected; N = K = 0 without
 
 
 class Draws(NamedTuple):
@@ -61,7 +61,7 @@ def losses(agent: Agent, batch: Batch, draws: Draws, cfg: SacConfig) -> Losses:
     target_entropy = -float(n_actions)
     obs, task = batch.obs, batch.task
     alpha = agent.log_alpha.detach().exp()[task]  # [B]
-    weight = task_weight(agent.log_alpha)[task]  # [B]
+    weight = task_weight(agent.log_alpha)[task] if cfg.task_weights else torch.ones_like(alpha)  # [B]
 
     def task_mean(value: Tensor) -> Tensor:  # [...,B] -> [...,T]
         return value.view(*value.shape[:-1], n_tasks, -1).mean(-1)
@@ -110,7 +110,7 @@ def make_optimiser(agent: Agent, cfg: SacConfig) -> torch.optim.Adam:
     ]
     # Capturable: its step count lives on the GPU, where a captured update can raise it.
     on_gpu = agent.log_alpha.is_cuda
-    return torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_gpu)
+    return torch.optim.Adam(groups, betas=(0.9, 0.999), eps=cfg.adam_eps, fused=True, capturable=on_gpu)
 
 
 def update(
@@ -122,17 +122,17 @@ def update(
     gradient norms: [] of the actor and of log alpha, [E] of the critics.
     """
     loss = losses(agent, batch, draws, cfg)
-    kept = loss.total.detach() <= cfg.max_task_loss  # [T]; the mean still divides by T
+    kept = loss.total.detach() <= cfg.loss_limit  # [T]; the mean still divides by T
     optimiser.zero_grad(set_to_none=True)
     torch.where(kept, loss.total, 0).mean().backward()
 
-    actor_norm = clip_grad_norm(list(agent.actor.parameters()), cfg.max_grad_norm, 1)[0]
-    critic_norm = clip_grad_norm(list(agent.critics.parameters()), cfg.max_grad_norm, N_CRITICS)
-    alpha_norm = clip_grad_norm([agent.log_alpha], cfg.max_grad_norm, 1)[0]
+    actor_norm = clip_grad_norm(list(agent.actor.parameters()), cfg.norm_limit, 1)[0]
+    critic_norm = clip_grad_norm(list(agent.critics.parameters()), cfg.norm_limit, N_CRITICS)
+    alpha_norm = clip_grad_norm([agent.log_alpha], cfg.norm_limit, 1)[0]
     optimiser.step()
 
     with torch.no_grad():
-        agent.log_alpha.clamp_(max=0)
+        agent.log_alpha.clamp_(max=cfg.max_log_alpha)
         agent.route_temp.copy_(task_weight(agent.log_alpha))
         online: list[Tensor] = list(agent.critics.parameters())
         target: list[Tensor] = list(agent.target_critics.parameters())

@@ -22,7 +22,7 @@ from d2r_fast.ops.replay_rows import ReplayRows
 from d2r_fast.ops.sac_losses import LossGradients, sac_losses
 from d2r_fast.ops.squashed_normal import squash, squash_backward
 
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+BETA1, BETA2 = 0.9, 0.999
 
 
 class Draws(NamedTuple):
@@ -84,7 +84,7 @@ class Update:
         norms = optimiser_step(
             *(flat.values, flat.gradient, self.first, self.second, flat.targets, self.step_count),
             *(self.agent.log_alpha, self.agent.route_temp, flat.segments, flat.targets_begin, self._learning_rates),
-            *(BETA1, BETA2, EPS, cfg.max_grad_norm, cfg.target_rate),
+            *(BETA1, BETA2, cfg.adam_eps, cfg.norm_limit, cfg.target_rate, cfg.max_log_alpha),
         )
         return Metrics(losses, norms)
 
@@ -104,7 +104,7 @@ class Update:
         target = self._targets.forward(rows.x[2], tasks.first(n))
         losses = sac_losses(
             *(value.out[..., 0], target.out[..., 0], logp, rows.reward, rows.terminal, agent.log_alpha),
-            *(cfg.gamma, -float(agent.actor.action_size), cfg.max_task_loss, self._alpha_gradient),
+            *(cfg.gamma, -float(agent.actor.action_size), cfg.loss_limit, cfg.task_weights, self._alpha_gradient),
         )
         loss = LossGradients(*losses)
         d_now = value.backward(loss.d_q[..., None])  # [B,O+A]

@@ -28,7 +28,7 @@ from d2r_fast.nets.layers import (
     multiply_adds,
     xavier,
 )
-from d2r_fast.nets.network import Network
+from d2r_fast.nets.network import UnroutedNetwork
 from d2r_fast.nets.settings import NetConfigBase, Role, require
 
 
@@ -64,7 +64,7 @@ class CareConfig(NetConfigBase):
         return Care(n_in, n_out, n_tasks, n_nets, self)
 
 
-class Care(Network):
+class Care(UnroutedNetwork):
     """E CARE networks."""
 
     def __init__(self, n_in: int, n_out: int, n_tasks: int, n_nets: int, cfg: CareConfig):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d2r_fast.nets.layers import EnsembleLinear, Table, TaskRows, in_turn, linear_layers, multiply_adds, xavier
-from d2r_fast.nets.network import Network
+from d2r_fast.nets.network import UnroutedNetwork
 from d2r_fast.nets.settings import NetConfigBase, Role
 
 
@@ -45,7 +45,7 @@ class FilmConfig(NetConfigBase):
         return Film(n_in, n_out, n_tasks, n_nets, self)
 
 
-class Film(Network):
+class Film(UnroutedNetwork):
     """E FiLM networks."""
 
     def __init__(self, n_in: int, n_out: int, n_tasks: int, n_nets: int, cfg: FilmConfig):

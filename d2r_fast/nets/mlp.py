@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d2r_fast.nets.layers import EnsembleLinear, TaskRows, in_turn, linear_layers, multiply_adds, uniform
-from d2r_fast.nets.network import Network
+from d2r_fast.nets.network import UnroutedNetwork
 from d2r_fast.nets.settings import NetConfigBase, Role
 
 
@@ -35,7 +35,7 @@ class MlpConfig(NetConfigBase):
         return Mlp(n_in, n_out, n_tasks, n_nets, self)
 
 
-class Mlp(Network):
+class Mlp(UnroutedNetwork):
     """E multilayer perceptrons."""
 
     def __init__(self, n_in: int, n_out: int, n_tasks: int, n_nets: int, cfg: MlpConfig):

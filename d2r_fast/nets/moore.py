@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2r_fast.nets.layers import LinearStack, Table, TaskRows, by_inputs, in_turn, multiply_adds, uniform, xavier
-from d2r_fast.nets.network import Network
+from d2r_fast.nets.network import UnroutedNetwork
 from d2r_fast.nets.settings import NetConfigBase, Role, require
 
 
@@ -49,7 +49,7 @@ class MooreConfig(NetConfigBase):
         return Moore(n_in, n_out, n_tasks, n_nets, self)
 
 
-class Moore(Network):
+class Moore(UnroutedNetwork):
     """E MOORE networks."""
 
     def __init__(self, n_in: int, n_out: int, n_tasks: int, n_nets: int, cfg: MooreConfig):

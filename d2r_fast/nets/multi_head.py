@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2r_fast.nets.layers import LinearStack, TaskRows, in_turn, linear_layers, multiply_adds, uniform
-from d2r_fast.nets.network import Network
+from d2r_fast.nets.network import UnroutedNetwork
 from d2r_fast.nets.settings import NetConfigBase, Role
 
 
@@ -34,7 +34,7 @@ class MultiHeadConfig(NetConfigBase):
         return MultiHead(n_in, n_out, n_tasks, n_nets, self)
 
 
-class MultiHead(Network):
+class MultiHead(UnroutedNetwork):
     """E multilayer perceptrons with T heads each."""
 
     def __init__(self, n_in: int, n_out: int, n_tasks: int, n_nets: int, cfg: MultiHeadConfig):

@@ -10,7 +10,7 @@ from d2r_fast.nets.settings import NetConfigBase
 from d2r_fast.ops.arguments import require_tensor, under_autocast
 
 
-class Network(nn.Module):
+class UnroutedNetwork(nn.Module):
     """E independent networks over the same rows, all of whose layers every row runs through.
 
     n_in     width of a row: the observation, for a critic with the action behind it

@@ -9,13 +9,13 @@ the N sets start equal, the task weights standard normal. The bias, which the pu
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from d2r_fast.nets.layers import EnsembleLinear, Initial, LinearStack, TaskRows, multiply_adds, uniform, xavier
-from d2r_fast.nets.network import Network
+from d2r_fast.nets.network import UnroutedNetwork
 from d2r_fast.nets.settings import NetConfigBase, Role
 
 
@@ -50,7 +50,7 @@ def _actor_head(n_in: int, n_out: int) -> Initial:
     return Initial(0.3 * xavier(n_in, n_out // 2).weight, 0.0)
 
 
-class PaCo(Network):
+class PaCo(UnroutedNetwork):
     """E PaCo networks."""
 
     def __init__(self, n_in: int, n_out: int, n_tasks: int, n_nets: int, cfg: PacoConfig, role: Role = "actor"):
@@ -67,18 +67,18 @@ class PaCo(Network):
         w = self.task.weight.mT + self.task.bias[:, None]  # [E,T,N], of any sign
         mixed = self._composed if rows.in_task_order else self._mixed
         for stack in self.layers:
-            x = mixed(x, w, stack, rows).relu()  # [E,B,D]
+            x = mixed(x, w, cast(LinearStack, stack), rows).relu()  # [E,B,D]
         return mixed(x, w, self.head, rows)
 
-    def _mixed(self, x: Tensor, w: Tensor, stack: nn.Module, rows: TaskRows) -> Tensor:
+    def _mixed(self, x: Tensor, w: Tensor, stack: LinearStack, rows: TaskRows) -> Tensor:
         """As written: all N layers for every row, then their sum."""
         own = x if x.dim() == 2 else x[:, None].expand(-1, w.shape[-1], -1, -1)
         return torch.einsum("ebn,enbo->ebo", rows.pick(w), stack(own))
 
-    def _composed(self, x: Tensor, w: Tensor, stack: nn.Module, rows: TaskRows) -> Tensor:
+    def _composed(self, x: Tensor, w: Tensor, stack: LinearStack, rows: TaskRows) -> Tensor:
         """The same with one matrix a task, sum_n w_tn W_n, over that task's rows: N times less arithmetic."""
-        weight = torch.einsum("etn,enoi->etoi", w, stack.get_parameter("weight"))
-        bias = torch.einsum("etn,eno->eto", w, stack.get_parameter("bias"))
+        weight = torch.einsum("etn,enoi->etoi", w, stack.weight)
+        bias = torch.einsum("etn,eno->eto", w, stack.bias)
         return rows.linear(x, weight, bias, self.cfg)
 
     @property

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from d2r_fast.nets.layers import EnsembleLinear, LinearStack, TaskRows, in_turn, linear_layers, multiply_adds, uniform
-from d2r_fast.nets.network import Network
+from d2r_fast.nets.network import UnroutedNetwork
 from d2r_fast.nets.settings import NetConfigBase, Role, require
 
 
@@ -50,7 +50,7 @@ class SoftModulesConfig(NetConfigBase):
         return SoftModules(n_in, n_out, n_tasks, n_nets, self)
 
 
-class SoftModules(Network):
+class SoftModules(UnroutedNetwork):
     """E Soft Modules networks."""
 
     def __init__(self, n_in: int, n_out: int, n_tasks: int, n_nets: int, cfg: SoftModulesConfig):

@@ -25,13 +25,14 @@ def reference(
     eps: float,
     max_norm: float,
     target_rate: float,
+    max_log_alpha: float,
 ) -> Tensor:
     """Everything an update changes, changed in place; returns each network's gradient norm before clipping [networks].
 
     values, gradient, first, second  [n] every parameter that is trained, its gradient and Adam's two moments
     targets         [m] what follows values[targets_begin : targets_begin + m] at `target_rate` a step
     step            []  int64, steps made so far
-    log_alpha       [T] a view of `values`; at most 0 after the step
+    log_alpha       [T] a view of `values`; at most `max_log_alpha` after the step
     route_temp      [T] becomes T softmax(-log alpha)
     segments        [S,3] int64 on the CPU: begin, end and network of each run of one network's parameters; all four
                     buffers hold zeros between them
@@ -64,7 +65,7 @@ def reference(
         torch._foreach_mul_(runs, (rate / (1 - beta1**count)).to(values.dtype))
     values -= change
     targets.lerp_(values[targets_begin : targets_begin + len(targets)], target_rate)
-    log_alpha.clamp_(max=0)
+    log_alpha.clamp_(max=max_log_alpha)
     route_temp.copy_(len(log_alpha) * torch.softmax(-log_alpha, 0))
     return torch.stack(norms)
 
@@ -72,7 +73,8 @@ def reference(
 optimiser_step = define(
     "optimiser_step(Tensor(a!) values, Tensor gradient, Tensor(b!) first, Tensor(c!) second, Tensor(d!) targets, "
     "Tensor(e!) step, Tensor(f!) log_alpha, Tensor(g!) route_temp, Tensor segments, int targets_begin, "
-    "float[] learning_rates, float beta1, float beta2, float eps, float max_norm, float target_rate) -> Tensor",
+    "float[] learning_rates, float beta1, float beta2, float eps, float max_norm, float target_rate, "
+    "float max_log_alpha) -> Tensor",
     reference,
     lambda values, *rest: values.new_empty(len(rest[9])),
     launcher("optimiser_step", "optimiser_step", reference),

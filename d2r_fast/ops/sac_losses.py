@@ -32,6 +32,7 @@ def reference(
     gamma: float,
     target_entropy: float,
     max_task_loss: float,
+    weighted: bool,
     d_log_alpha: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every loss and its gradient; rows of a task stand together, B/T of each, tasks in order.
@@ -44,7 +45,7 @@ def reference(
     log_alpha         [T]
     d_log_alpha       [T]    is written: the gradient of log alpha
 
-        w = T softmax(-log alpha)
+        w = T softmax(-log alpha), or 1 unless `weighted`
         y = reward + gamma (1 - terminal) (min_e target_q - alpha next_logp)
         L_alpha = -log alpha (mean logp + H),  H the target entropy
         L_actor = mean w (alpha logp - min_e frozen_q)
@@ -57,7 +58,8 @@ def reference(
     def by_task(value: Tensor) -> Tensor:  # [...,B] -> [...,T,n]
         return value.view(*value.shape[:-1], n_tasks, -1)
 
-    alpha, weight = log_alpha.exp()[:, None], n_tasks * torch.softmax(-log_alpha, 0)[:, None]  # [T,1]
+    alpha = log_alpha.exp()[:, None]  # [T,1]
+    weight = n_tasks * torch.softmax(-log_alpha, 0)[:, None] if weighted else torch.ones_like(alpha)  # [T,1]
     next_value = by_task(target_q.amin(0)) - alpha * by_task(next_logp)
     y = by_task(reward) + gamma * (1 - by_task(terminal)) * next_value  # [T,n]
     error, best = by_task(q) - y, frozen_q.amin(0)
@@ -84,7 +86,7 @@ def reference(
 
 sac_losses = define(
     "sac_losses(Tensor q, Tensor target_q, Tensor logp, Tensor reward, Tensor terminal, Tensor log_alpha, float gamma, "
-    "float target_entropy, float max_task_loss, Tensor(a!) d_log_alpha) -> (Tensor, Tensor, Tensor)",
+    "float target_entropy, float max_task_loss, bool weighted, Tensor(a!) d_log_alpha) -> (Tensor, Tensor, Tensor)",
     reference,
     lambda q, target_q, logp, reward, terminal, log_alpha, *_: (
         q.new_empty(6, len(log_alpha)),

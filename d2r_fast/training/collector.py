@@ -15,7 +15,7 @@ from d2r_fast.learning.captured import Captured
 from d2r_fast.learning.replay import Staging, Transitions
 from d2r_fast.nets.agent import Agent, Sample
 from d2r_fast.nets.d2r import RouteChoice
-from d2r_fast.ops import count_active
+from d2r_fast.ops import Routes, count_active
 from d2r_fast.ops.gumbel import gumbel
 
 
@@ -25,7 +25,7 @@ class Chunk(NamedTuple):
     staging: Staging
     success: list[list[float]]  # per task: 1 or 0 for every episode that ended
     episode_return: list[list[float]]  # per task: its sum of scaled rewards
-    active_modules: Tensor  # [T] mean number of modules the actor ran a row
+    active_modules: Tensor | None  # [T] mean number of modules the actor ran a row; None: it does not choose
     seconds: float  # that collecting took
 
     @property
@@ -102,19 +102,14 @@ class Collector:
         choice = RouteChoice.sampled(self._route_temp[self._task], gumbel_noise)
         return actor.sample(obs, self._task, noise, choice)
 
-    def _act(self) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Action [T,n,A], route index [T,n,N,K] and active modules [T,n] at the present observations. Routes and active
-        modules stay what they are until the next call."""
+    def _act(self) -> tuple[np.ndarray, Routes | None]:
+        """Action [T,n,A] at the present observations, and the routes taken, rows T n; they stay what they are until the
+        next call."""
         shape = self._obs.shape[:2]
         self._obs_here.numpy()[:] = self._obs.reshape(self._obs_here.shape)
         self._obs_there.copy_(self._obs_here, non_blocking=True)  # done before the actions are here
         sample = self._policy()
-        index = sample.routes.index[0]
-        return (
-            sample.action.cpu().numpy().reshape(*shape, -1),
-            index.view(*shape, *index.shape[1:]),
-            sample.routes.active[0].view(shape),
-        )
+        return sample.action.cpu().numpy().reshape(*shape, -1), sample.routes
 
     def _require_finite(self, action: np.ndarray) -> None:
         if not np.isfinite(action).all():
@@ -143,20 +138,22 @@ class Collector:
             n_steps * n,
             envs.obs_size,
             envs.action_size,
-            (net.n_modules, net.top_k),
+            net.route_shape,
             pinned=self._device.type == "cuda",
         )
         by_step = Transitions(*(rows.unflatten(1, (n_steps, n)) for rows in staging.rows))  # [T,S,n,...]
         into = [field.numpy() for field in by_step[:-1]]
         # Routes are made on the device and come over once a chunk.
-        route = torch.empty(n_steps, T, n, net.n_modules, net.top_k, dtype=torch.uint8, device=self._device)
+        route = torch.empty(n_steps, T, n, *net.route_shape, dtype=torch.uint8, device=self._device)
         active = torch.empty(n_steps, T, n, dtype=torch.int32, device=self._device)
         success: list[list[float]] = [[] for _ in envs.tasks]
         returns: list[list[float]] = [[] for _ in envs.tasks]
         for s in range(n_steps):
             if stopped():
                 return None
-            action, route[s], active[s] = self._act()
+            action, routes = self._act()
+            if routes is not None:
+                route[s], active[s] = routes.index[0].view(route[s].shape), routes.active[0].view(T, n)
             self._require_finite(action)
             envs.send(action)
             step = envs.recv()
@@ -172,5 +169,6 @@ class Collector:
                 self._succeeded[task, env], self._return[task, env] = False, 0.0
             self._obs = step.obs
         by_step.route.copy_(route.cpu().transpose(0, 1))
-        mean_active = count_active(active, net.n_modules).float().mean(dim=(0, 2)).cpu()
+        n_modules = net.route_shape[0]
+        mean_active = count_active(active, n_modules).float().mean(dim=(0, 2)).cpu() if n_modules else None
         return Chunk(staging, success, returns, mean_active, time.perf_counter() - begin)

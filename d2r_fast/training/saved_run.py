@@ -143,7 +143,7 @@ def _difference(saved: RunConfig, here: RunConfig | None) -> str:
 
 
 def first_change(saved: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
-    """The first setting in which two runs differ, but for those that a resume may change: its dotted name, its values."""
+    """The first setting in which two runs differ, but for those that a resume may change: dotted name, two values."""
     for name in (f.name for f in dataclasses.fields(RunConfig) if f.name not in RESUMABLE_FIELDS):
         a, b = getattr(saved, name), getattr(other, name)
         if a == b:

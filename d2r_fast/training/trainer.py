@@ -70,7 +70,7 @@ class Trainer:
             cfg.replay_capacity,
             MultiTaskEnvs.obs_size,
             MultiTaskEnvs.action_size,
-            (cfg.net.n_modules, cfg.net.top_k),
+            cfg.net.route_shape,
             self.device,
         )
         self.learner = Learner(self.agent, self.replay, cfg, seeds.stream_seed(cfg.seed, seeds.LEARNER))
@@ -210,10 +210,9 @@ class Trainer:
             return
         self.steps += self.cfg.chunk_steps
         self._progress.steps_taken(self.cfg.chunk_steps * len(self.tasks))
-        self._collected = {
-            "episodes": [len(s) for s in chunk.success],
-            "active_modules": chunk.active_modules.tolist(),
-        }
+        self._collected = {"episodes": [len(s) for s in chunk.success]}
+        if chunk.active_modules is not None:
+            self._collected["active_modules"] = chunk.active_modules.tolist()
         if all(chunk.success):  # every task had an episode end in this chunk
             self._collected["success"] = [float(np.mean(s)) for s in chunk.success]
             self._collected["scaled_return"] = [float(np.mean(r)) for r in chunk.episode_return]

@@ -20,7 +20,7 @@ def write_metrics(run_dir: Path, n_tasks: int, n_modules: int, n_evals: int, see
         for i in range(1, n_evals + 1):
             success = rng.uniform(0, 1, n_tasks)
             use = rng.uniform(0, 1, (n_tasks, n_modules))
-            use[:, 0] = 1
+            use[:, :1] = 1
             counts = {"steps": 1000 * i, "updates": 500 * i}
             record = {"mean_success": success.mean(), "success": success.tolist(), "module_use": use.tolist()}
             record |= {"episode_return": (100 * success).tolist(), "episodes": 32, "time": {"wall": 1.0}}
@@ -62,6 +62,11 @@ def test_pictures(tmp_path, n_tasks, n_modules, n_evals):
     assert use.shape[1] >= 120 * 6
     # The colour scale of the bar alone has this many shades; the text adds more.
     assert len(colours(use)) > 100
+
+
+def test_a_network_without_routes_has_no_picture_of_its_modules(tmp_path):
+    write_metrics(tmp_path / "run", 2, 0, 1)
+    assert write_report(tmp_path / "run", ALL_TASKS[:2]) == [tmp_path / "run" / "learning_curve.png"]
 
 
 def test_module_use_is_drawn_cell_by_cell_from_the_last_evaluation(tmp_path):

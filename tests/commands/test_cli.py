@@ -18,6 +18,8 @@ import torch
 
 from d2r_fast import cli
 from d2r_fast.config_json import config_to_json, load_config
+from d2r_fast.nets.kinds import NET_CONFIGS
+from d2r_fast.nets.moore import MooreConfig
 from d2r_fast.presets import PRESETS
 from d2r_fast.training.checkpoint import checkpoint_files, find_checkpoint
 
@@ -128,6 +130,10 @@ def test_train_tells_where_everything_is(trained):
     run_dir, outcome = trained
     lines = outcome.out.splitlines()
     assert f"run        {run_dir}" in lines
+    (network,) = (line for line in lines if line.startswith("network "))
+    assert re.fullmatch(
+        r"network    d2r, [\d,]+ parameters \(each of 2 critics [\d,]+\), at most 0\.00 M multiply-adds a row", network
+    )
     assert "tasks      reach, drawer-close; 1 environments each" in lines
     # 100 rows of 39 + 4 + 1 + 39 floats, a flag and 4 x 2 route bytes are 0.03 MiB.
     assert "replay     100 transitions, 0 MiB on cpu" in lines
@@ -162,6 +168,17 @@ def test_overrides_come_on_top_of_a_config_file(trained, tmp_path):
     assert (cfg.seed, cfg.total_steps, cfg.batch_size) == (3, 5, 8)
     pairs = list(zip(metrics(tmp_path / "other"), metrics(trained[0]), strict=False))
     assert pairs[0][0]["scaled_return"] != pairs[0][1]["scaled_return"]
+
+
+def test_another_network_in_one_word(tiny_json, tmp_path):
+    widths = ["--net.n-experts", "2", "--net.widths", "8", "8", "--net.norm-epsilon", "1e-8"]
+    outcome = d2r("train", tiny_json, "--net", "moore", *widths, "--total-steps", "5", "--run-dir", "run")
+    assert outcome.code == 0, outcome.err
+    assert load_config("run/config.json").net == MooreConfig(n_experts=2, widths=(8, 8), norm_epsilon=1e-8)
+    assert (tmp_path / "run" / "learning_curve.png").exists() and not (tmp_path / "run" / "module_use.png").exists()
+    assert any(line.startswith("network    moore, ") for line in outcome.out.splitlines())
+    again = d2r("train", "--resume", "run", "--net.widths", "8", "9")
+    assert "--resume: net.widths cannot change, the saved run has (8, 8)" in again.err
 
 
 def test_resume_goes_on(run):
@@ -291,7 +308,9 @@ def test_presets():
     assert (outcome.code, outcome.err) == (0, "")
     for name, (purpose, cfg) in PRESETS.items():
         assert any(line.split()[0] == name and line.endswith(purpose) for line in outcome.out.splitlines())
-        assert f"{cfg.n_tasks} tasks, N={cfg.net.n_modules} K={cfg.net.top_k}" in outcome.out
+        assert f"{cfg.n_tasks} tasks, {cfg.batch_size} rows an update, {cfg.total_steps:,} steps a task" in outcome.out
+    assert "n_modules 16, top_k 2, module_width 128, base_width 400, route_widths (256, 256)" in outcome.out
+    assert "moore, 2,181,500 parameters (each of 2 critics 2,050,750), 2.02 M multiply-adds a row" in outcome.out
 
 
 def test_info():
@@ -304,6 +323,8 @@ def test_info():
     assert states["reference:"] == "ready"
     assert states["cpp:"].startswith("ready (")
     assert states["triton:"].startswith(("ready", "needs"))
+    networks = {line.split()[1].rstrip(",") for line in outcome.out.splitlines() if line.startswith("network")}
+    assert networks == set(NET_CONFIGS)
     assert ("none" in told["gpu"]) == (not torch.cuda.is_available())
 
 
@@ -385,8 +406,14 @@ def test_help():
         ("train TINY --updates-per-step 0", "updates_per_step: expected "),
         ("train TINY --updates-per-step inf", "updates_per_step: expected a finite number over 0, got inf"),
         ("train TINY --name a/b", "name: expected letters, digits, '-', '_' or '.', got 'a/b'"),
-        ("train TINY --run-dir", "--run-dir: expected a path behind it"),
-        ("train --resume", "--resume: expected a path behind it"),
+        ("train TINY --run-dir", "--run-dir: expected a value behind it"),
+        ("train --resume", "--resume: expected a value behind it"),
+        ("train TINY --net", "--net: expected a value behind it"),
+        (
+            "train TINY --net hard-modules",
+            "--net: expected one of d2r, mlp, multi-head, soft-modules, paco, moore, ",
+        ),
+        ("train TINY --net mlp --net.top-k 1", "Unrecognized options: --net.top-k"),
         ("train --resume none", "none: expected a checkpoint file, or a run directory with checkpoints/step-*.pt"),
         ("train --resume .", "expected a checkpoint file, or a run directory with checkpoints/step-*.pt"),
         ("eval", "expected a run directory, a checkpoint or --experts TASKS, one of them"),

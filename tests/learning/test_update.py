@@ -7,8 +7,10 @@ import pytest
 import torch
 from check_golden import as_one_step
 from conftest import cpp_backends
+from tiny import NETS
 
 from d2r_fast import Agent, NetConfig, RouteChoice, SacConfig
+from d2r_fast.config import INF
 from d2r_fast.learning.parameters import ALIGNMENT, FlatParameters
 from d2r_fast.learning.sac import Batch, Draws, make_optimiser, update
 from d2r_fast.learning.update import Update
@@ -83,22 +85,24 @@ def test_squashed_normal_matches_its_reference_and_autograd(backend, dtype, b):
         assert_op_matches(squashed_normal.squash_backward, squashed_normal.reference_backward, lambda: saved)
 
 
-def loss_arguments(dtype, e=2, limit=3000.0, b=4 * 33):
+def loss_arguments(dtype, e=2, limit=3000.0, weighted=True, b=4 * 33):
     q, target_q = torch.randn(e, 2 * b, dtype=dtype), torch.randn(e, b, dtype=dtype)
     q[:, b : b + 5] = 0.25  # equal ones share the gradient
     logp = torch.randn(2 * b, dtype=dtype)
     terminal = (torch.rand(b) < 0.3).to(dtype)
     log_alpha = -torch.rand(T, dtype=dtype)
-    rewards = torch.randn(b, dtype=dtype)
-    return q, target_q, logp, rewards, terminal, log_alpha, 0.99, -3.0, limit, torch.empty_like(log_alpha)
+    rewards, settings = torch.randn(b, dtype=dtype), (0.99, -3.0, limit, weighted)
+    return q, target_q, logp, rewards, terminal, log_alpha, *settings, torch.empty_like(log_alpha)
 
 
 @dtypes
-@pytest.mark.parametrize(("e", "limit"), [(2, 3000.0), (1, 3000.0), (3, 4.0)])
-def test_losses_match_their_reference(dtype, e, limit):
-    arguments = loss_arguments(dtype, e, limit)
+@pytest.mark.parametrize(
+    ("e", "limit", "weighted"), [(2, 3000.0, True), (1, 3000.0, False), (3, 4.0, True), (2, INF, False)]
+)
+def test_losses_match_their_reference(dtype, e, limit, weighted):
+    arguments = loss_arguments(dtype, e, limit, weighted)
     assert_op_matches(
-        sac_losses.sac_losses, sac_losses.reference, lambda: (*arguments[:-1], arguments[-1].clone()), changed=[9]
+        sac_losses.sac_losses, sac_losses.reference, lambda: (*arguments[:-1], arguments[-1].clone()), changed=[10]
     )
 
 
@@ -112,7 +116,7 @@ def test_a_task_whose_loss_is_not_finite_is_left_out_and_shows():
         assert arguments[-1][1] == 0 and arguments[-1].isfinite().all()
 
 
-def step_arguments(dtype, seed=0):
+def step_arguments(dtype, seed=0, max_norm=1.0, max_log_alpha=0.0):
     torch.manual_seed(seed)
     n = 70_000  # several pieces a segment
     segments = torch.tensor([[0, 40_001, 0], [40_016, 50_000, 1], [50_000, 69_000, 2], [69_008, 69_012, 3]])
@@ -137,22 +141,22 @@ def step_arguments(dtype, seed=0):
         torch.ones(4, dtype=dtype),
         segments,
     )
-    return (*buffers, 40_016, [3e-4, 1e-3, 1e-3, 1e-2], 0.9, 0.999, 1e-8, 1.0, 0.005)
+    return (*buffers, 40_016, [3e-4, 1e-3, 1e-3, 1e-2], 0.9, 0.999, 1e-8, max_norm, 0.005, max_log_alpha)
 
 
 @on_every_instruction_set
 @dtypes
-def test_the_step_matches_its_reference(backend, dtype):
-    assert_op_matches(
-        optimiser_step.optimiser_step,
-        optimiser_step.reference,
-        lambda: step_arguments(dtype),
-        changed=[0, 2, 3, 4, 5, 6, 7],
-    )
-    arguments = step_arguments(dtype)
+@pytest.mark.parametrize(("max_norm", "max_log_alpha"), [(1.0, 0.0), (INF, INF), (0.5, -0.2)])
+def test_the_step_matches_its_reference(backend, dtype, max_norm, max_log_alpha):
+    def make():
+        return step_arguments(dtype, max_norm=max_norm, max_log_alpha=max_log_alpha)
+
+    assert_op_matches(optimiser_step.optimiser_step, optimiser_step.reference, make, changed=[0, 2, 3, 4, 5, 6, 7])
+    arguments = make()
     optimiser_step.optimiser_step(*arguments)
     log_alpha, route_temp = arguments[6:8]
-    assert log_alpha.max() == 0 and torch.equal(log_alpha, arguments[0][69_008:69_012])
+    assert log_alpha.max() > 0 if max_log_alpha == INF else log_alpha.max() == log_alpha.new_tensor(max_log_alpha)
+    assert torch.equal(log_alpha, arguments[0][69_008:69_012])
     torch.testing.assert_close(route_temp, 4 * torch.softmax(-log_alpha, 0))
 
 
@@ -223,9 +227,10 @@ def make_agent(backend, dtype, route_widths=(18,)):
 def make_batch(dtype, agent, per_task=70):
     b = T * per_task
     task = torch.arange(T).repeat_interleave(per_task)
-    route = torch.zeros(b, N, K, dtype=torch.uint8)
-    for i in range(1, N + 1):
-        kept = min(K, i)
+    n_modules, k = agent.actor.net.cfg.route_shape
+    route = torch.zeros(b, n_modules, k, dtype=torch.uint8)
+    for i in range(1, n_modules + 1):
+        kept = min(k, i)
         route[:, i - 1, :kept] = torch.rand(b, i).argsort(-1)[:, :kept].to(torch.uint8)
     batch = Batch(
         obs=torch.randn(b, N_OBS, dtype=dtype),
@@ -244,12 +249,37 @@ def make_batch(dtype, agent, per_task=70):
 
 @pytest.mark.parametrize("backend", ["reference", *cpp_backends()], indirect=True)
 @dtypes
-@pytest.mark.parametrize("limit", [3000.0, 50.0], ids=["all_tasks", "some_left_out"])
-def test_five_updates_are_those_of_the_equations(backend, dtype, limit):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_task_loss": 50.0},
+        {
+            "max_task_loss": None,
+            "max_grad_norm": None,
+            "max_alpha": None,
+            "task_weights": False,
+            "adam_eps": 1e-4,
+        },
+    ],
+    ids=["all_tasks", "some_left_out", "no_limits"],
+)
+def test_five_updates_are_those_of_the_equations(backend, dtype, settings):
     theirs = make_agent(backend, dtype)
+    theirs.log_alpha.data.fill_(0.1)
     ours = copy.deepcopy(theirs)
-    left_out = assert_same_updates(ours, theirs, SacConfig(max_task_loss=limit, actor_lr=1e-3), n_updates=5)
-    assert 0 < left_out < 5 * T if limit < 3000 else left_out == 0
+    cfg = SacConfig(**{"actor_lr": 1e-3} | settings)
+    left_out = assert_same_updates(ours, theirs, cfg, n_updates=5)
+    assert 0 < left_out < 5 * T if cfg.max_task_loss == 50 else left_out == 0
+    assert (ours.log_alpha.max() > 0) == (cfg.max_alpha is None)
+
+
+@pytest.mark.parametrize("net", NETS, ids=lambda net: net.kind)
+def test_updates_of_the_networks_without_routes_are_those_of_the_equations(net):
+    torch.manual_seed(0)
+    theirs = Agent(N_OBS, A, T, net, init_alpha=0.3).double()
+    ours = copy.deepcopy(theirs)
+    assert_same_updates(ours, theirs, SacConfig(actor_lr=1e-3), n_updates=3, per_task=5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run on the GPU here: tests/gpu")

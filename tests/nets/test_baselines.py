@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import NETS
 
 from d2r_fast.nets.care import CareConfig
 from d2r_fast.nets.d2r import NetConfig
@@ -21,17 +22,7 @@ from d2r_fast.nets.paco import PacoConfig, extreme_tasks, leave_out, reset_extre
 from d2r_fast.nets.soft_modules import SoftModulesConfig
 
 N_IN, N_OUT, T = 5, 3, 4
-SMALL = {"embedding_width": 8, "encoder_widths": (10, 9), "widths": (8, 7)}
-TINY = [
-    MlpConfig(widths=(6, 5)),
-    MultiHeadConfig(widths=(6, 5)),
-    SoftModulesConfig(n_layers=3, n_modules=2, module_width=4, base_widths=(6, 5), gating_widths=(5, 3)),
-    PacoConfig(n_sets=3, widths=(6, 5)),
-    MooreConfig(n_experts=3, widths=(6, 5)),
-    CareConfig(n_experts=3, temperature=0.7, **SMALL),
-    FilmConfig(**SMALL),
-]
-every_network = pytest.mark.parametrize("cfg", TINY, ids=lambda cfg: cfg.kind)
+every_network = pytest.mark.parametrize("cfg", NETS, ids=lambda cfg: cfg.kind)
 
 
 def make_net(cfg, n_nets=2, dtype=torch.float64):
@@ -53,7 +44,7 @@ def outputs_and_gradients(net, x, task, in_task_order=False):
 
 
 def test_every_network_is_here():
-    assert [NetConfig.kind, *(cfg.kind for cfg in TINY)] == list(NET_CONFIGS)
+    assert [NetConfig.kind, *(cfg.kind for cfg in NETS)] == list(NET_CONFIGS)
 
 
 # Sizes: those of the published source code, counted there; multiply-adds of an MT10 actor in millions
