@@ -129,7 +129,7 @@ def cases_of_the_update() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]
     for n, k in ((16, 2), (32, 4)):
         launch = rows_launch(N_OBS, N_ACTIONS, n * k)
         yield "replay_rows", f"N{n}-K{k}", "float32", replay_rows_kernel, launch
-    settings = {"GAMMA": 0.99, "TARGET_ENTROPY": -4.0, "MAX_TASK_LOSS": 3000.0}
+    settings = {"GAMMA": 0.99, "TARGET_ENTROPY": -4.0, "MAX_TASK_LOSS": 3000.0, "WEIGHTED": True}
     for n_tasks, per_task in ((10, 128), (50, 128), (10, 4), (1, 5000)):
         launch = losses_launch(2, n_tasks, per_task) | settings
         yield "sac_losses", f"T{n_tasks}-n{per_task}", "float32", sac_losses_kernel, launch
@@ -138,7 +138,7 @@ def cases_of_the_update() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]
     launch = optimiser_step.adam_launch(400, [3e-4] * 4, 0.9, 0.999, 1e-8, 1.0, 0.005)
     yield "optimiser_adam", "any", "float32", adam, launch
     for n_tasks in (10, 50):
-        launch = optimiser_step.tasks_launch(n_tasks)
+        launch = optimiser_step.tasks_launch(n_tasks, 0.0)
         yield "optimiser_tasks", f"T{n_tasks}", "float32", optimiser_step.optimiser_tasks_kernel, launch
 
 

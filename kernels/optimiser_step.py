@@ -88,13 +88,15 @@ def optimiser_adam_kernel(
 
 
 @triton.jit(do_not_specialize=["n_tasks"])
-def optimiser_tasks_kernel(log_alpha_ptr, route_temp_ptr, step_ptr, n_tasks, BLOCK_TASKS: tl.constexpr):
-    """Grid (1,): log alpha is at most 0, the route temperatures follow it, and the step is made."""
+def optimiser_tasks_kernel(
+    log_alpha_ptr, route_temp_ptr, step_ptr, n_tasks, MAX_LOG_ALPHA: tl.constexpr, BLOCK_TASKS: tl.constexpr
+):
+    """Grid (1,): log alpha is at most MAX_LOG_ALPHA, the route temperatures follow it, and the step is made."""
     task = tl.arange(0, BLOCK_TASKS)
     exists = task < n_tasks
     step = tl.load(step_ptr)
     log_alpha = tl.load(log_alpha_ptr + task, mask=exists, other=0.0)
-    log_alpha = tl.where(log_alpha > 0, 0.0, log_alpha)  # a NaN stays one
+    log_alpha = tl.where(log_alpha > MAX_LOG_ALPHA, MAX_LOG_ALPHA, log_alpha)  # a NaN stays one
     least = tl.min(log_alpha, 0)
     share = tl.where(exists, tl.exp(least - log_alpha), 0.0)
     route_temp = n_tasks * (share / tl.sum(share, 0))
@@ -191,9 +193,10 @@ def squares_launch(beta1: float, beta2: float) -> dict[str, Any]:
     return {"LOG_BETA1": _log(beta1), "LOG_BETA2": _log(beta2)} | SQUARES_LAUNCH
 
 
-def tasks_launch(n_tasks: int) -> dict[str, Any]:
+def tasks_launch(n_tasks: int, max_log_alpha: float) -> dict[str, Any]:
     """Constants and options of the kernel that comes after it; of one warp, for there is little to do."""
-    return {"BLOCK_TASKS": triton.next_power_of_2(max(1, n_tasks)), "num_warps": 1} | FUSED
+    n_block = triton.next_power_of_2(max(1, n_tasks))
+    return {"MAX_LOG_ALPHA": max_log_alpha, "BLOCK_TASKS": n_block, "num_warps": 1} | FUSED
 
 
 def _log(beta: float) -> float:
@@ -217,6 +220,7 @@ def optimiser_step(
     eps: float,
     max_norm: float,
     target_rate: float,
+    max_log_alpha: float,
 ) -> Tensor:
     """Changes what the reference changes; returns each network's gradient norm before clipping [networks].
 
@@ -245,5 +249,5 @@ def optimiser_step(
             values, gradient, first, second, targets, plan.table, squares, corrections, norms, targets_begin, n_targets,
             **adam_launch(plan.most_pieces, learning_rates, beta1, beta2, eps, max_norm, target_rate),
         )  # fmt: skip
-    optimiser_tasks_kernel[(1,)](log_alpha, route_temp, step, n_tasks, **tasks_launch(n_tasks))
+    optimiser_tasks_kernel[(1,)](log_alpha, route_temp, step, n_tasks, **tasks_launch(n_tasks, max_log_alpha))
     return norms

@@ -57,14 +57,14 @@ def replay_rows_kernel(
 
 
 def rows_launch(n_obs: int, n_actions: int, route: int) -> dict[str, Any]:
-    """Constants and options; `route` is N K, the bytes of a row's routes."""
+    """Constants and options; `route` is N K, the bytes of a row's routes, 0 where a network has none."""
     block_x = triton.next_power_of_2(n_obs + n_actions)
     return {
         "O": n_obs,
         "A": n_actions,
         "ROUTE": route,
         "BLOCK_X": block_x,
-        "BLOCK_ROUTE": triton.next_power_of_2(route),
+        "BLOCK_ROUTE": triton.next_power_of_2(max(1, route)),
         "BLOCK_ROWS": max(1, BLOCK_NUMBERS // block_x),
         "num_warps": 4,
     } | FUSED

@@ -16,7 +16,7 @@ def sac_losses_kernel(
     q_ptr, target_q_ptr, logp_ptr, reward_ptr, terminal_ptr, log_alpha_ptr,
     losses_ptr, d_q_ptr, d_logp_ptr, d_log_alpha_ptr, n_tasks,
     E: tl.constexpr, PER_TASK: tl.constexpr, GAMMA: tl.constexpr, TARGET_ENTROPY: tl.constexpr, MAX_TASK_LOSS: tl.constexpr,
-    BLOCK_TASKS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK_TASKS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (T,); a program owns the rows of one task, and looks at log alpha of all for its weight.
 
@@ -31,7 +31,10 @@ def sac_losses_kernel(
     frozen_q_ptr, d_frozen_q_ptr, next_logp_ptr = q_ptr + n_rows, d_q_ptr + n_rows, logp_ptr + n_rows
     log_alpha = tl.load(log_alpha_ptr + task)
     alpha = tl.exp(log_alpha)
-    weight = _task_weight(log_alpha_ptr, log_alpha, n_tasks, BLOCK_TASKS)
+    if WEIGHTED:
+        weight = _task_weight(log_alpha_ptr, log_alpha, n_tasks, BLOCK_TASKS)
+    else:
+        weight = tl.full((), 1.0, log_alpha.dtype)
 
     n = tl.full((), PER_TASK, log_alpha.dtype)  # a number to divide by: the mean of no rows is NaN, not an error
     sum_logp = tl.zeros((BLOCK_ROWS,), log_alpha.dtype)
@@ -140,6 +143,7 @@ def sac_losses(
     gamma: float,
     target_entropy: float,
     max_task_loss: float,
+    weighted: bool,
     d_log_alpha: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """losses [6,T], d_q [E,2B], d_logp [B]; d_log_alpha [T] is written.
@@ -163,7 +167,7 @@ def sac_losses(
     inputs = (q, target_q, logp, reward, terminal, log_alpha)
     sac_losses_kernel[(n_tasks,)](
         *map(packed, inputs), losses, d_q, d_logp, d_log_alpha, n_tasks,
-        GAMMA=gamma, TARGET_ENTROPY=target_entropy, MAX_TASK_LOSS=max_task_loss,
+        GAMMA=gamma, TARGET_ENTROPY=target_entropy, MAX_TASK_LOSS=max_task_loss, WEIGHTED=weighted,
         **losses_launch(n_nets, n_tasks, n_rows // n_tasks),
     )  # fmt: skip
     return losses, d_q, d_logp

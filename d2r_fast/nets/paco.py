@@ -57,7 +57,7 @@ class PaCo(UnroutedNetwork):
         super().__init__(n_in, n_tasks, n_nets, cfg)
         n, widths = cfg.n_sets, (n_in, *cfg.widths)
         self.task = EnsembleLinear(n_nets, n_tasks, n, cfg, uniform(1, 0.0))
-        nn.init.normal_(self.task.weight)
+        self.task.weight = nn.Parameter(torch.randn(n_nets, n, n_tasks))
         hidden = xavier if role == "actor" else _by_inputs
         self.layers = nn.ModuleList(LinearStack(n_nets, n, a, b, cfg, hidden, equal=True) for a, b in pairwise(widths))
         head = _actor_head if role == "actor" else uniform(3e-3, 0.0)

@@ -133,7 +133,7 @@ def test_a_policy_that_is_not_finite_shows_in_its_row_alone():
     assert d_out[5].isnan().any() and d_out[9].isnan().any() and d_out[rest].isfinite().all()
 
 
-def losses_case(n_tasks, per_task, e, dtype, limit=3000.0):
+def losses_case(n_tasks, per_task, e, dtype, limit=3000.0, weighted=True):
     b = n_tasks * per_task
     q, target_q = torch.randn(e, 2 * b, dtype=dtype), torch.randn(e, b, dtype=dtype)
     frozen_q = q[:, b:]
@@ -142,7 +142,8 @@ def losses_case(n_tasks, per_task, e, dtype, limit=3000.0):
     logp, reward = torch.randn(2 * b, dtype=dtype), torch.randn(b, dtype=dtype)
     terminal, log_alpha = (torch.rand(b) < 0.3).to(dtype), -torch.rand(n_tasks, dtype=dtype) * 3
     tensors = (q, target_q, logp, reward, terminal, log_alpha)
-    return [*(v.to(DEVICE) for v in tensors), 0.99, -3.0, limit, torch.empty(n_tasks, dtype=dtype, device=DEVICE)]
+    settings = (0.99, -3.0, limit, weighted)
+    return [*(v.to(DEVICE) for v in tensors), *settings, torch.empty(n_tasks, dtype=dtype, device=DEVICE)]
 
 
 LOSS_SIZES = [(1, 1, 1), (1, 7, 2), (3, 0, 2), (10, 128, 2), (50, 3, 3), (4, 33, 2), (7, 65, 5), (2, 2500, 2)]
@@ -152,7 +153,15 @@ LOSS_SIZES = [(1, 1, 1), (1, 7, 2), (3, 0, 2), (10, 128, 2), (50, 3, 3), (4, 33,
 @pytest.mark.parametrize(("n_tasks", "per_task", "e"), LOSS_SIZES, ids=["T{}-n{}-E{}".format(*s) for s in LOSS_SIZES])
 def test_losses(dtype, n_tasks, per_task, e):
     arguments = losses_case(n_tasks, per_task, e, dtype)
-    assert_matches(sac_losses.sac_losses, losses_op.reference, arguments, changed=[9])
+    assert_matches(sac_losses.sac_losses, losses_op.reference, arguments, changed=[10])
+
+
+@dtypes
+def test_losses_without_task_weights_and_without_a_limit(dtype):
+    arguments = losses_case(10, 33, 2, dtype, limit=math.inf, weighted=False)
+    arguments[0][:, 40] = 1e6
+    ours = assert_matches(sac_losses.sac_losses, losses_op.reference, arguments, changed=[10])
+    assert not ours[0][3].any()
 
 
 @dtypes
@@ -160,7 +169,7 @@ def test_losses_of_tasks_that_are_left_out(dtype):
     arguments = losses_case(10, 33, 2, dtype)
     losses = losses_op.reference(*map(exact, arguments))[0]
     arguments[8] = losses[:3].sum(0).sort().values[4:6].mean().item()
-    ours = assert_matches(sac_losses.sac_losses, losses_op.reference, arguments, changed=[9])
+    ours = assert_matches(sac_losses.sac_losses, losses_op.reference, arguments, changed=[10])
     assert ours[0][3].sum() == 5
     for gradient in ours[1:3]:
         shares = gradient.reshape(-1, 10, 33).abs().sum((0, 2))
@@ -183,7 +192,7 @@ def test_a_task_whose_losses_are_not_finite_is_left_out_and_shows(which, row):
         assert (ours[:, 1] == 0).all() and torch.equal(ours[:, [0, 2, 3]], before[:, [0, 2, 3]])
 
 
-def step_case(sizes, dtype, n_tasks=4, aligned=True, step=6):
+def step_case(sizes, dtype, n_tasks=4, aligned=True, step=6, max_norm=1.0, max_log_alpha=0.0):
     """Networks of segments of these sizes [[...], ...], then log alpha; followed: all but the first and the last."""
     runs, at, begins = [], 0, []
     for network, own in enumerate([*sizes, [n_tasks]]):
@@ -211,7 +220,7 @@ def step_case(sizes, dtype, n_tasks=4, aligned=True, step=6):
     counted = torch.tensor(step, device=DEVICE)
     state = [targets, counted, own, torch.ones(n_tasks, dtype=dtype, device=DEVICE), torch.tensor(runs)]
     rates = [3e-4, *[1e-3] * (n_networks - 2), 1e-2]
-    return [*buffers, *state, targets_begin, rates, 0.9, 0.999, 1e-8, 1.0, 0.005]
+    return [*buffers, *state, targets_begin, rates, 0.9, 0.999, 1e-8, max_norm, 0.005, max_log_alpha]
 
 
 CHANGED = {"values": 0, "first": 2, "second": 3, "targets": 4, "step": 5, "log_alpha": 6, "route_temp": 7}
@@ -236,7 +245,7 @@ def assert_steps_match(arguments, steps=3):
         for name, at in CHANGED.items():
             assert_close(ours[at], theirs[at], f"{name} after step {i}")
             assert torch.equal(ours[at], again[at]), name
-    assert (ours[6] <= 0).all() and ours[5] == arguments[5] + steps
+    assert (ours[6] <= arguments[-1]).all() and ours[5] == arguments[5] + steps
 
 
 STEP_CASES = {
@@ -256,6 +265,13 @@ def test_the_step(dtype, case, monkeypatch):
         monkeypatch.setattr(optimiser_step, "ADAM_LAUNCH", optimiser_step.ADAM_LAUNCH | {"BLOCK_PIECES": 32})
     sizes, n_tasks, aligned = STEP_CASES[case]
     assert_steps_match(step_case(sizes, dtype, n_tasks, aligned))
+
+
+@dtypes
+@pytest.mark.parametrize(("max_norm", "max_log_alpha"), [(math.inf, math.inf), (0.5, -0.01)])
+def test_the_step_with_other_limits_or_none(dtype, max_norm, max_log_alpha):
+    arguments = step_case([[300], [50]], dtype, max_norm=max_norm, max_log_alpha=max_log_alpha)
+    assert_steps_match(arguments)
 
 
 @dtypes
@@ -296,7 +312,7 @@ def rows_case(n_tasks, stored, per_task, n_obs=7, n_actions=3, n_modules=6, k=2)
         torch.randn(n_tasks, stored),
         torch.rand(n_tasks, stored) < 0.5,
         torch.randn(n_tasks, stored, n_obs),
-        torch.randint(0, n_modules, (n_tasks, stored, n_modules, k), dtype=torch.uint8),
+        torch.randint(0, max(1, n_modules), (n_tasks, stored, n_modules, k), dtype=torch.uint8),
     )
     share = torch.rand(n_tasks, per_task, dtype=torch.float64)
     share.view(-1)[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])[: share.numel()]
@@ -308,6 +324,7 @@ ROW_CASES = [
     {"n_tasks": 4, "stored": 50, "per_task": 90},
     {"n_tasks": 50, "stored": 9, "per_task": 3, "n_obs": 39, "n_actions": 4, "n_modules": 16},
     {"n_tasks": 3, "stored": 20, "per_task": 0},
+    {"n_tasks": 3, "stored": 20, "per_task": 40, "n_modules": 0, "k": 0},
     {"n_tasks": 2, "stored": 20, "per_task": 33, "n_obs": 1, "n_actions": 1, "n_modules": 1, "k": 1},
     {"n_tasks": 2, "stored": 20, "per_task": 7, "n_obs": 700, "n_actions": 30, "n_modules": 10, "k": 10},
 ]
