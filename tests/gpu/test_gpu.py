@@ -14,6 +14,7 @@ from d2r_fast.config import EnvConfig, RunConfig
 from d2r_fast.learning.learner import Learner
 from d2r_fast.learning.replay import Replay, Staging, Transitions
 from d2r_fast.learning.sac import Batch, draw, make_optimiser, update
+from d2r_fast.nets.settings import NetConfigBase
 from d2r_fast.ops.select_routes import select_routes
 from d2r_fast.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
@@ -203,6 +204,14 @@ def test_training_collects_on_the_gpu_beside_the_learner(trainer_class: type, tm
     rows = trainer.replay.state_dict()["rows"]
     torch.testing.assert_close(rows["next_obs"][..., 18:36], rows["obs"][..., :18])
     assert rows["route"].max() < tiny.NET.n_modules
+
+
+@pytest.mark.parametrize("net", tiny.NETS, ids=lambda net: net.kind)
+def test_networks_without_routes_train_on_the_gpu(trainer_class: type, tmp_path: Path, net: NetConfigBase) -> None:
+    trainer = trainer_class(dataclasses.replace(tiny.RUN, device="cuda", net=net), tmp_path / "run", None, False)
+    assert trainer.run()
+    assert trainer.learner.updates == 40 and trainer.learner._one_update.is_captured
+    trainer.learner.require_finite()
 
 
 @pytest.mark.parametrize(("there", "here"), [("cuda", "cpu"), ("cpu", "cuda")])

@@ -9,6 +9,13 @@ from slow_sac import SlowSac
 
 from d2r_fast import Actor, Agent, NetConfig, RouteChoice, SacConfig
 from d2r_fast.learning.sac import Batch, Draws, clip_grad_norm, draw, losses, make_optimiser, task_weight, update
+from d2r_fast.nets.care import CareConfig
+from d2r_fast.nets.film import FilmConfig
+from d2r_fast.nets.mlp import MlpConfig
+from d2r_fast.nets.moore import MooreConfig
+from d2r_fast.nets.multi_head import MultiHeadConfig
+from d2r_fast.nets.paco import PacoConfig
+from d2r_fast.nets.soft_modules import SoftModulesConfig
 from d2r_fast.ops.gumbel import gumbel
 
 CFG = NetConfig(n_modules=5, top_k=2, module_width=6, base_width=8, route_widths=(7,))
@@ -146,6 +153,17 @@ def test_each_loss_reaches_its_own_network_only(term, reached):
         else:
             assert grad is None or (grad == 0).all(), name
     assert all(p.grad is None for p in agent.target_critics.parameters())
+
+
+def test_task_weights_weigh_the_actors_and_critics_losses_alone():
+    agent, batch = make_agent(), make_batch()
+    draws = make_draws(agent, batch)
+    weighed, plain = (losses(agent, batch, draws, SacConfig(task_weights=switch)) for switch in (True, False))
+    weight = task_weight(agent.log_alpha)
+    assert weight.max() > 1.5 and weight.min() < 0.7
+    torch.testing.assert_close(weighed.actor, weight * plain.actor)
+    torch.testing.assert_close(weighed.critic, weight * plain.critic)
+    assert torch.equal(weighed.alpha, plain.alpha)
 
 
 def sgd(agent):
@@ -368,6 +386,17 @@ def test_greedy_action_is_the_mean_along_greedy_routes():
 # Learning
 
 TOY = NetConfig(n_modules=4, top_k=2, module_width=16, base_width=32, route_widths=(16,))
+ENCODER = {"embedding_width": 8, "encoder_widths": (16,), "widths": (32, 32)}
+TOYS = [
+    TOY,
+    MlpConfig(widths=(32, 32)),
+    MultiHeadConfig(widths=(32, 32)),
+    SoftModulesConfig(n_layers=2, n_modules=2, module_width=16, base_widths=(32, 32), gating_widths=(16,)),
+    PacoConfig(n_sets=3, widths=(32, 32)),
+    MooreConfig(n_experts=3, widths=(32, 32)),
+    CareConfig(n_experts=3, **ENCODER),
+    FilmConfig(**ENCODER),
+]
 TOY_SAC = SacConfig(actor_lr=5e-3, critic_lr=5e-3, alpha_lr=1e-3, init_alpha=0.3)
 
 
@@ -380,18 +409,18 @@ def toy_reward(obs, action, task):
     return -(action - toy_target(obs, task)).square().sum(-1)
 
 
-def run_toy(n_updates, seed, rows=64):
+def run_toy(n_updates, seed, rows=64, net=TOY):
     """A contextual bandit of two tasks, collected with the policy as it is; returns the agent and its last metrics."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    agent = Agent(2, 2, 2, TOY, init_alpha=TOY_SAC.init_alpha)
+    agent = Agent(2, 2, 2, net, init_alpha=TOY_SAC.init_alpha)
     optimiser, task = make_optimiser(agent, TOY_SAC), torch.arange(2).repeat_interleave(rows)
     metrics = {}
     for _ in range(n_updates):
         obs = torch.rand(2 * rows, 2, generator=generator) * 2 - 1
         with torch.no_grad():
             noise = torch.randn(2 * rows, 2, generator=generator)
-            route_noise = gumbel((1, 2 * rows, TOY.n_logits), obs, generator)
+            route_noise = gumbel((1, 2 * rows, net.n_logits), obs, generator)
             sample = agent.actor.sample(obs, task, noise, RouteChoice.sampled(agent.route_temp[task], route_noise))
         batch = Batch(
             obs=obs,
@@ -400,7 +429,7 @@ def run_toy(n_updates, seed, rows=64):
             terminal=torch.ones(2 * rows),
             next_obs=obs,
             task=task,
-            route=sample.routes.index[0],
+            route=sample.routes.index[0] if sample.routes else torch.zeros(2 * rows, 0, 0, dtype=torch.uint8),
         )
         metrics = update(agent, optimiser, batch, draw(agent, batch, generator), TOY_SAC)
     return agent, metrics
@@ -415,10 +444,11 @@ def mean_reward(agent):
     return toy_reward(obs, action, task).view(2, 200).mean(1)
 
 
-def test_two_toy_tasks_are_learned():
-    untrained = mean_reward(run_toy(0, seed=1)[0])
-    assert (untrained < -0.3).all()
-    agent, _ = run_toy(400, seed=1)
+@pytest.mark.parametrize("net", TOYS, ids=lambda net: net.kind)
+def test_two_toy_tasks_are_learned(net):
+    untrained = mean_reward(run_toy(0, seed=1, net=net)[0])
+    assert (untrained < -0.2).all()
+    agent, _ = run_toy(400, seed=1, net=net)
     reward = mean_reward(agent)
     print(f"mean reward {untrained.tolist()} -> {reward.tolist()}")
     # Whoever ignores the task gets 2 x 0.3^2 = 0.18 less, whoever ignores the observation 2 x 0.25 / 3 = 0.17.

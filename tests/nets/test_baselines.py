@@ -252,6 +252,17 @@ def test_bf16_products_and_autocast_stay_close(cfg):
 
 
 @every_network
+def test_networks_compile_without_graph_breaks(cfg):
+    torch._dynamo.reset()
+    net = make_net(cfg, dtype=torch.float32)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x, task = torch.randn(T * 2, N_IN), torch.arange(T).repeat_interleave(2)
+    ours, theirs = (outputs_and_gradients(run, x, task, in_task_order=True) for run in (compiled, net))
+    for (name, a), b in zip(ours.items(), theirs.values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@every_network
 def test_wrong_rows_are_refused(cfg):
     net = make_net(cfg)
     x, task = torch.zeros(6, N_IN, dtype=torch.float64), torch.zeros(6, dtype=torch.int64)

@@ -14,9 +14,10 @@ import tiny
 import torch
 
 from d2r_fast import cli
-from d2r_fast.config import RunConfig
+from d2r_fast.config import EvalConfig, RunConfig
 from d2r_fast.training.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from d2r_fast.training.claim import Claim, read_run_id
+from d2r_fast.training.saved_run import first_change
 from d2r_fast.training.trainer import Trainer
 
 # Six chunks, the first two of them warm-up; checkpoints after 20, 40 and 60 steps, the replay full from 30 on.
@@ -223,6 +224,12 @@ def test_a_checkpoint_of_format_1_of_another_network_is_refused(tmp_path, other)
     settings["net"]["module_width"] = 6
     (run / "config.json").write_text(json.dumps(settings))
     assert_refused(run, ": net.module_width is 8 in the checkpoint and 6 in the directory", "train", "--resume", run)
+
+
+def test_a_run_of_another_network_is_told_by_its_kind():
+    other = dataclasses.replace(CFG, net=tiny.NETS[0])
+    assert first_change(CFG, other) == ("net.kind", "d2r", "mlp")
+    assert first_change(CFG, dataclasses.replace(CFG, eval=EvalConfig(), total_steps=80)) is None
 
 
 def test_another_config_json_is_told_of_and_kept(run, whole):
