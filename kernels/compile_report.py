@@ -3,7 +3,7 @@
     python -m d2r_fast.kernels.compile_report [--json FILE]
 
 One line a kernel, size and precision: registers a thread, bytes of stack a thread (spills), shared memory a program,
-global loads (and how many of them are 128 bits wide), copies straight to shared memory, sums that differ between
+global loads and copies straight to shared memory (and how many of either are 128 bits wide), sums that differ between
 threads, and the instruction that does the products. Pointers are marked as 16-byte aligned, as the just-in-time
 launcher finds them: otherwise every load would be scalar and the report about a kernel that nobody runs.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from d2r_fast.kernels import optimiser_step
+from d2r_fast.kernels import ensemble_linear, optimiser_step
 from d2r_fast.kernels.gumbel import LAUNCH as GUMBEL_LAUNCH
 from d2r_fast.kernels.gumbel import gumbel_kernel
 from d2r_fast.kernels.replay_rows import replay_rows_kernel, rows_launch
@@ -68,6 +68,8 @@ TYPES = {
 }
 """What pointers point to, by name; float32 otherwise."""
 N_OBS, N_ACTIONS = 39, 4  # Meta-World's
+LAYERS = ((N_OBS + N_ACTIONS, 400), (400, 400), (256, 136), (128, 1))
+"""Inputs and outputs: the first layer, whose rows are not 16-byte aligned, the largest, the logits, the value."""
 
 
 class Row(NamedTuple):
@@ -83,6 +85,7 @@ class Row(NamedTuple):
     loads: int
     wide_loads: int
     copies: int
+    wide_copies: int
     uneven: int
     product: str
 
@@ -117,7 +120,23 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     yield "split_base", "any", "float32", split_base_kernel, ELEMENTS_LAUNCH
     yield "split_base_bwd", "H400", "float32", split_base_bwd_kernel, {"H": 400} | ELEMENTS_LAUNCH
     yield "bias_gradient", "any", "float32", bias_gradient_kernel, BIAS_LAUNCH
+    yield from cases_of_linear_layers()
     yield from cases_of_the_update()
+
+
+def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
+    """As `cases`: the linear layers around the modules, of the critics as published; and one of a single output."""
+    kernels = {
+        "fwd": ensemble_linear.ensemble_linear_fwd_kernel,
+        "bwd": ensemble_linear.ensemble_linear_bwd_kernel,
+        "gradient": ensemble_linear.ensemble_linear_gradient_kernel,
+    }
+    for n_in, n_out in LAYERS:
+        for precision in PRECISIONS:
+            for name, kernel in kernels.items():
+                launch = ensemble_linear.linear_launch(name, precision, n_in, n_out, ROWS)
+                flags = {"SHARED": n_in == N_OBS + N_ACTIONS, "RELU": n_out > 1} | ({"E": 2} if name == "bwd" else {})
+                yield f"ensemble_linear_{name}", f"{n_in}to{n_out}", precision, kernel, launch | flags
 
 
 def cases_of_the_update() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
@@ -159,6 +178,7 @@ def compile_kernel(label: str, size: str, precision: str, kernel: Any, launch: d
         usage = _run("cuobjdump", "-res-usage", cubin.name)
         code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", _run("nvdisasm", "-c", cubin.name))
     loads = [op for op in code if op.startswith("LDG.")]
+    copies = [op for op in code if op.startswith("LDGSTS")]
     kinds = [kind for kind in ("HGMMA", "HMMA") if any(op.startswith(kind) for op in code)]
     if not kinds:
         kinds = ["FFMA" if "PRECISION" in constants else "-"]
@@ -172,7 +192,8 @@ def compile_kernel(label: str, size: str, precision: str, kernel: Any, launch: d
         shared=compiled.metadata.shared,
         loads=len(loads),
         wide_loads=sum(".128" in op for op in loads),
-        copies=sum(op.startswith("LDGSTS") for op in code),
+        copies=len(copies),
+        wide_copies=sum(".128" in op for op in copies),
         uneven=uneven_sums(compiled.asm["ptx"]),
         product="+".join(kinds),
     )
@@ -223,7 +244,7 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: an interpreted kernel is not compiled; unset it")
     print(f"triton {triton.__version__}, sm_90, B={ROWS}; shared memory is at most {MAX_SHARED}")
-    line = "{:26} {:12} {:9} {:>9} {:>5} {:>9} {:>6} {:>5} {:>10} {:>6} {:>6} {}"
+    line = "{:26} {:12} {:9} {:>9} {:>5} {:>9} {:>6} {:>5} {:>10} {:>6} {:>11} {:>6} {}"
     print(line.format(*Row._fields))
     rows = []
     for case in cases():

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -156,7 +156,7 @@ class Plan(NamedTuple):
 
 
 # By what the segments hold, and for good: a captured graph goes on reading the table.
-@lru_cache(maxsize=None)
+@cache
 def _plan(segments: bytes, n: int, n_networks: int, device: torch.device) -> Plan:
     """ValueError: a segment that lies outside 0..n, or is of no network."""
     of_networks: list[list[tuple[int, int]]] = [[] for _ in range(n_networks)]

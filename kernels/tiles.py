@@ -54,6 +54,25 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def to_tf32(a):
+    """float32 rounded to the 10 bits of tf32, to nearest and ties away from zero: a tensor core just drops the others.
+
+    Half of the last bit kept is added to the bits, of whatever sign. A NaN stays one: its bits could run over to 0.
+    """
+    bits = a.to(tl.int32, bitcast=True)
+    return tl.where(a == a, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), a)
+
+
+@triton.jit
+def rounded_product(a, b, total, PRECISION: tl.constexpr):
+    """As `product`, with operands rounded to nearest in tf32 too."""
+    if PRECISION == "tf32" and a.dtype == tl.float32:
+        a = to_tf32(a)
+        b = to_tf32(b)
+    return product(a, b, total, PRECISION)
+
+
+@triton.jit
 def sum_products(a, b, axis: tl.constexpr):
     """Sum of a * b along an axis, with the same bits in every thread that holds it.
 

@@ -53,6 +53,8 @@ tests() {
     python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/kernels/test_triton_kernels.py
   step test_update_kernels 120 15 \
     python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/kernels/test_update_kernels.py
+  step test_linear_kernels 120 15 \
+    python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/kernels/test_linear_kernels.py
   for check in "reference float64" "reference float32" "triton float32"; do
     read -r backend dtype <<< "$check"
     for vectors in golden golden_baselines; do
@@ -76,6 +78,7 @@ benches() {
       --precisions float32,tf32,bf16 --json "$results/update_step_${suite}_cuda.json" \
       --profile "$results/update_step_$suite.trace.json"
   done
+  step linear_layers 60 24 python3 benches/linear_layers.py --json "$results/linear_layers_cuda.json"
   step update_memory 60 4 python3 benches/update_memory.py --suite mt10 --device cuda --updates 5000 \
     --json "$results/update_memory_mt10_cuda.json"
   step routed_modules 260 90 python3 benches/routed_modules.py --device cuda \
@@ -94,12 +97,14 @@ sanitize() {
   some+=" or (routes_match and E2-B7-) or (grouping and sorted) or (accurate and nores)"
   # Of the update's own: neither the random segments, which are many, nor the largest replay.
   some+=" or gumbel or (squashed and 33-) or (test_losses and float32) or (the_step and aligned) or rows_are"
+  # Of the linear layers: a single row, rows in splits, each precision.
+  some+=" or (matches_float64 and (B1- or B600)) or (rounded_to_nearest and relu)"
   # Memory straight from the driver, so that a tensor's end is an allocation's end.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
     step "$tool" 180 8 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       python3 -m pytest -q -x -p no:cacheprovider tests/kernels/test_triton_kernels.py \
-      tests/kernels/test_update_kernels.py -k "$some"
+      tests/kernels/test_update_kernels.py tests/kernels/test_linear_kernels.py -k "$some"
   done
   # The tests fill fresh memory, which would hide what this one looks for.
   step initcheck 80 8 compute-sanitizer --tool initcheck --error-exitcode 9 \

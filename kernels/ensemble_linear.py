@@ -1,0 +1,211 @@
+"""E linear layers with bias and ReLU in one launch forward, and one each for the gradients of their input and of their
+parameters (`d2r_fast.ops.ensemble_linear` is contract and oracle)."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from d2r_fast.kernels.settings import FUSED, check_dtype, packed
+from d2r_fast.kernels.tiles import rounded_product
+from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_reduce_kernel
+from torch import Tensor
+
+from d2r_fast.ops.backends import check_precision
+
+
+class Tile(NamedTuple):
+    """What a program makes, [first,second] numbers, summed over chunks of `depth`."""
+
+    first: int
+    second: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# 64 x 64: at E=2, B=1280 and 400 outputs 280 programs, about two for each of 132 multiprocessors; wgmma's m64n64.
+# Chosen by what sm_90 code they compile to (compile_report), before any timing.
+TILES = {
+    "float32": Tile(64, 64, 16, 8, 2),
+    "tf32": Tile(64, 64, 32, 4, 3),
+    "bf16": Tile(64, 64, 64, 4, 3),
+}
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def ensemble_linear_fwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, n_rows,
+    N_IN: tl.constexpr, N_OUT: tl.constexpr, SHARED: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(B, BLOCK_ROWS), cdiv(out, BLOCK_OUT), E); a program owns one tile of y [E,B,out], written once."""
+    net = tl.program_id(2).to(tl.int64)
+    row, inside = _block(tl.program_id(0), n_rows, BLOCK_ROWS)
+    out, exists = _block(tl.program_id(1), N_OUT, BLOCK_OUT)
+    x_ptr += 0 if SHARED else net * n_rows * N_IN
+    weight_ptr += net * N_OUT * N_IN
+    z = tl.zeros((BLOCK_ROWS, BLOCK_OUT), y_ptr.dtype.element_ty)
+    for start in range(0, N_IN, BLOCK_DEPTH):
+        feature = start + tl.arange(0, BLOCK_DEPTH)
+        x = _load(x_ptr, row, inside, feature, N_IN)
+        weight = _load(weight_ptr, out, exists, feature, N_IN)
+        z = rounded_product(x, tl.trans(weight), z, PRECISION)
+    z += tl.load(bias_ptr + net * N_OUT + out, mask=exists, other=0.0)[None, :]
+    if RELU:
+        z = tl.where(z <= 0, 0.0, z)  # a NaN stays: a diverged network must show
+    at = ((net * n_rows + row) * N_OUT)[:, None] + out[None, :]
+    tl.store(y_ptr + at, z, mask=inside[:, None] & exists[None, :])
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def ensemble_linear_bwd_kernel(
+    d_y_ptr, weight_ptr, y_ptr, d_x_ptr, n_rows,
+    E: tl.constexpr, N_IN: tl.constexpr, N_OUT: tl.constexpr, SHARED: tl.constexpr, RELU: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(B, BLOCK_ROWS), cdiv(in, BLOCK_IN), E, or 1 where all networks share x); a program owns one tile of
+    d_x, written once. Networks that share x are summed first to last, within the program."""
+    row, inside = _block(tl.program_id(0), n_rows, BLOCK_ROWS)
+    feature, exists = _block(tl.program_id(1), N_IN, BLOCK_IN)
+    d_x = tl.zeros((BLOCK_ROWS, BLOCK_IN), d_x_ptr.dtype.element_ty)
+    own = tl.program_id(2).to(tl.int64)
+    for other in range(E if SHARED else 1):
+        net = own + other
+        for start in range(0, N_OUT, BLOCK_DEPTH):
+            out = start + tl.arange(0, BLOCK_DEPTH)
+            d_z = _load_d_z(d_y_ptr, y_ptr, net * n_rows * N_OUT, row, inside, out, N_OUT, RELU)
+            weight = _load(weight_ptr + net * N_OUT * N_IN, out, out < N_OUT, feature, N_IN)
+            d_x = rounded_product(d_z, weight, d_x, PRECISION)
+    at = ((own * n_rows + row) * N_IN)[:, None] + feature[None, :]
+    tl.store(d_x_ptr + at, d_x, mask=inside[:, None] & exists[None, :])
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def ensemble_linear_gradient_kernel(
+    d_y_ptr, x_ptr, y_ptr, d_weight_ptr, d_bias_ptr, n_rows,
+    N_IN: tl.constexpr, N_OUT: tl.constexpr, SHARED: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of out x in, splits, E); a program owns one tile of d_weight [splits,E,out,in] over the rows of its
+    split, and where the tile is the first of its rows, their part of d_bias [splits,E,out]. Sums of the splits in order
+    are the gradients: the same in every run."""
+    n_in_tiles: tl.constexpr = tl.cdiv(N_IN, BLOCK_IN)
+    net = tl.program_id(2).to(tl.int64)
+    split = tl.program_id(1)
+    in_tile = tl.program_id(0) % n_in_tiles
+    out, exists = _block(tl.program_id(0) // n_in_tiles, N_OUT, BLOCK_OUT)
+    feature, _ = _block(in_tile, N_IN, BLOCK_IN)
+    x_ptr += 0 if SHARED else net * n_rows * N_IN
+    d_weight = tl.zeros((BLOCK_OUT, BLOCK_IN), d_weight_ptr.dtype.element_ty)
+    of_bias = tl.zeros((BLOCK_DEPTH, BLOCK_OUT), d_weight_ptr.dtype.element_ty)
+    for start in range(0, SPLIT_ROWS, BLOCK_DEPTH):
+        row, inside = _block(0, n_rows, BLOCK_DEPTH, split * SPLIT_ROWS + start)
+        d_z = _load_d_z(d_y_ptr, y_ptr, net * n_rows * N_OUT, row, inside, out, N_OUT, RELU)
+        x = _load(x_ptr, row, inside, feature, N_IN)
+        d_weight = rounded_product(tl.trans(d_z), x, d_weight, PRECISION)
+        of_bias += d_z
+    part = split.to(tl.int64) * tl.num_programs(2) + net
+    at = ((part * N_OUT + out) * N_IN)[:, None] + feature[None, :]
+    tl.store(d_weight_ptr + at, d_weight, mask=exists[:, None] & (feature < N_IN)[None, :])
+    if in_tile == 0:
+        tl.store(d_bias_ptr + part * N_OUT + out, tl.sum(of_bias, 0), mask=exists)
+
+
+@triton.jit
+def _block(tile, n, BLOCK: tl.constexpr, begin=0):
+    """Places of a block (int64, because they are multiplied by widths), and which of them exist."""
+    at = begin + tile * BLOCK + tl.arange(0, BLOCK)
+    return at.to(tl.int64), at < n
+
+
+@triton.jit
+def _load(ptr, first, exists, second, WIDTH: tl.constexpr):
+    """Rows `first`, columns `second` of a matrix of that width; 0 where there are none."""
+    mask = exists[:, None] & (second < WIDTH)[None, :]
+    return tl.load(ptr + (first * WIDTH)[:, None] + second[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_d_z(d_y_ptr, y_ptr, network, row, inside, out, N_OUT: tl.constexpr, RELU: tl.constexpr):
+    """The gradient in front of the ReLU, [rows,outs]: d_y where y is above 0."""
+    d_z = _load(d_y_ptr + network, row, inside, out, N_OUT)
+    if RELU:
+        d_z = tl.where(_load(y_ptr + network, row, inside, out, N_OUT) > 0, d_z, 0.0)
+    return d_z
+
+
+def linear_launch(kernel: str, precision: str, n_in: int, n_out: int, n_rows: int) -> dict[str, Any]:
+    """Constants and options of "fwd", "bwd" or "gradient", all but E, SHARED and RELU.
+
+    SPLIT_ROWS: about eight splits fill the device, and more would only add partial sums.
+    """
+    check_precision(precision)
+    tile = TILES[precision]
+    sizes = {"fwd": ("ROWS", "OUT", n_in), "bwd": ("ROWS", "IN", n_out), "gradient": ("OUT", "IN", n_rows)}
+    first, second, depth = sizes[kernel]
+    widths = {"ROWS": n_rows, "IN": n_in, "OUT": n_out}
+    blocks = {
+        f"BLOCK_{first}": _fitting(tile.first, widths[first]),
+        f"BLOCK_{second}": _fitting(tile.second, widths[second]),
+        "BLOCK_DEPTH": _fitting(tile.depth, depth),
+    }
+    if kernel == "gradient":
+        blocks["SPLIT_ROWS"] = min(8192, max(256, triton.next_power_of_2(triton.cdiv(n_rows, 8))))
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | FUSED
+    return {"N_IN": n_in, "N_OUT": n_out, "PRECISION": precision} | blocks | options
+
+
+def _fitting(block: int, n: int) -> int:
+    """No longer than what there is, and at least the 16 that a product takes."""
+    return min(block, max(16, triton.next_power_of_2(n)))
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, precision: str) -> Tensor:
+    """y [E,B,out]. ValueError: a dtype other than float32."""
+    for name, value in {"x": x, "weight": weight, "bias": bias}.items():
+        check_dtype(name, value)
+    (n_nets, n_out, n_in), n_rows = weight.shape, x.shape[-2]
+    y = x.new_empty(n_nets, n_rows, n_out)
+    if y.numel() > 0:
+        launch = linear_launch("fwd", precision, n_in, n_out, n_rows)
+        grid = triton.cdiv(n_rows, launch["BLOCK_ROWS"]), triton.cdiv(n_out, launch["BLOCK_OUT"]), n_nets
+        ensemble_linear_fwd_kernel[grid](
+            packed(x), packed(weight), packed(bias), y, n_rows, SHARED=x.dim() == 2, RELU=relu, **launch
+        )
+    return y
+
+
+def backward(
+    d_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, relu: bool, precision: str, to_x: bool, to_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_x like x, d_weight [E,out,in], d_bias [E,out]; what is not asked for comes empty."""
+    check_dtype("d_y", d_y)
+    (n_nets, n_out, n_in), n_rows = weight.shape, x.shape[-2]
+    d_y, x, weight, y = (packed(v) for v in (d_y, x, weight, y))
+    flags = {"SHARED": x.dim() == 2, "RELU": relu}
+    d_x = x.new_empty(x.shape if to_x else 0)
+    d_weight, d_bias = (weight.new_empty(v if to_weight else 0) for v in (weight.shape, weight.shape[:2]))
+    if d_x.numel() > 0:
+        launch = linear_launch("bwd", precision, n_in, n_out, n_rows)
+        grid = (
+            triton.cdiv(n_rows, launch["BLOCK_ROWS"]),
+            triton.cdiv(n_in, launch["BLOCK_IN"]),
+            len(d_x) if x.dim() == 3 else 1,
+        )
+        ensemble_linear_bwd_kernel[grid](d_y, weight, y, d_x, n_rows, E=n_nets, **flags, **launch)
+    if d_weight.numel() > 0:
+        _gradient(d_y, x, y, d_weight, d_bias, linear_launch("gradient", precision, n_in, n_out, n_rows) | flags)
+    return d_x, d_weight, d_bias
+
+
+def _gradient(d_y: Tensor, x: Tensor, y: Tensor, d_weight: Tensor, d_bias: Tensor, launch: dict[str, Any]) -> None:
+    (n_nets, n_out, n_in), n_rows = d_weight.shape, x.shape[-2]
+    n_splits = max(1, triton.cdiv(n_rows, launch["SPLIT_ROWS"]))
+    n_tiles = triton.cdiv(n_out, launch["BLOCK_OUT"]) * triton.cdiv(n_in, launch["BLOCK_IN"])
+    parts = [d_weight, d_bias] if n_splits == 1 else [v.new_empty(n_splits, *v.shape) for v in (d_weight, d_bias)]
+    ensemble_linear_gradient_kernel[n_tiles, n_splits, n_nets](d_y, x, y, *parts, n_rows, **launch)
+    if n_splits > 1:
+        n_weights, n_biases, block = d_weight.numel(), d_bias.numel(), REDUCE_LAUNCH["BLOCK"]
+        weight_gradient_reduce_kernel[(triton.cdiv(n_weights, block) + triton.cdiv(n_biases, block),)](
+            *parts, d_weight, d_bias, n_weights, n_biases, N_SPLITS=n_splits, **REDUCE_LAUNCH
+        )

@@ -1,0 +1,172 @@
+"""The Triton linear layers against float64: on the GPU if there is one, else in Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
+import triton
+import triton.language as tl
+
+from d2r_fast.kernels import ensemble_linear as linear
+from d2r_fast.kernels.tiles import to_tf32
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # NumPy's, of what the interpreter computes
+]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter takes float64, which tells a wrong term from rounding; a device takes float32.
+DTYPE, TOLERANCE = (torch.float32, 1e-5) if DEVICE == "cuda" else (torch.float64, 1e-12)
+NAMES = ("y", "d_x", "d_weight", "d_bias")
+
+
+def nearest(value, precision):
+    """float32 rounded to the operands' precision, to nearest, in float64. Triton's interpreter only cuts bf16 off."""
+    if precision == "bf16" and DEVICE == "cpu":
+        return (value.view(torch.int32) & -0x10000).view(torch.float32).double()
+    if precision == "bf16":
+        return value.bfloat16().double()
+    if precision == "tf32":
+        bits = value.view(torch.int32)
+        return ((bits + 0x1000) & -0x2000).view(torch.float32).double()
+    return value.double()
+
+
+def make_case(e, b, n_in, n_out, shared=False, dtype=DTYPE):
+    """x, weight, bias, d_y; no output lies near the kink of the ReLU, where rounding would decide."""
+    x = torch.randn((b, n_in) if shared else (e, b, n_in), dtype=dtype)
+    weight = torch.randn(e, n_out, n_in, dtype=dtype) / n_in**0.5
+    bias = torch.where(torch.rand(e, n_out) > 0.5, 9.0, -9.0).to(dtype)
+    d_y = torch.randn(e, b, n_out, dtype=dtype)
+    return [v.to(DEVICE) for v in (x, weight, bias, d_y)]
+
+
+def run(case, relu, precision="float32"):
+    x, weight, bias, d_y = case
+    y = linear.forward(x, weight, bias, relu, precision)
+    return dict(zip(NAMES, (y, *linear.backward(d_y, x, weight, y, relu, precision, True, True)), strict=True))
+
+
+def truth_of(case, relu, precision="float32"):
+    """Network by network, of rounded operands."""
+    x, weight, bias, d_y = case
+    w, rows = nearest(weight, precision), nearest(x, precision).expand(len(weight), *x.shape[-2:])
+    y = rows @ w.mT + bias.double()[:, None]
+    d_z = torch.where(y > 0, d_y, 0) if relu else d_y
+    rounded = nearest(d_z, precision)
+    d_x = rounded @ w
+    d_x = d_x.sum(0) if x.dim() == 2 else d_x
+    values = (y.clamp(min=0) if relu else y, d_x, rounded.mT @ rows, d_z.double().sum(1))
+    return dict(zip(NAMES, values, strict=True))
+
+
+def assert_agree(ours, truth, tolerance):
+    for name, value in truth.items():
+        assert ours[name].shape == value.shape, name
+        if value.numel():
+            error = (ours[name].double() - value).abs().max().item()
+            assert error <= tolerance * max(1.0, value.abs().max().item()), (name, error)
+
+
+SIZES = [(1, 1, 1, 1), (2, 300, 43, 100), (2, 70, 130, 65), (1, 67, 64, 136), (3, 65, 128, 1), (1, 12, 10, 33)]
+SIZES += [(2, 600, 17, 9), (2, 64, 64, 64)]
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize(("e", "b", "n_in", "n_out"), SIZES, ids=["E{}-B{}-{}to{}".format(*s) for s in SIZES])
+def test_matches_float64(e, b, n_in, n_out, shared, relu):
+    case = make_case(e, b, n_in, n_out, shared)
+    ours = run(case, relu)
+    assert_agree(ours, truth_of(case, relu), TOLERANCE)
+    again = run(case, relu)
+    assert all(torch.equal(ours[name], again[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_operands_are_rounded_to_nearest_and_nothing_else_is(precision, shared, relu):
+    case = make_case(2, 300, 70, 50, shared, torch.float32)
+    ours, truth = run(case, relu, precision), truth_of(case, relu, precision)
+    assert_agree(ours, truth, 5e-6)
+    if precision != "float32":  # operands as they are are further off than that
+        unrounded = truth_of(case, relu)
+        for name in NAMES[:3]:
+            assert (truth[name] - unrounded[name]).abs().max() > 1e-4, name
+
+
+@triton.jit
+def round_kernel(value_ptr, rounded_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(rounded_ptr + at, to_tf32(tl.load(value_ptr + at)))
+
+
+def test_tf32_is_rounded_to_nearest_and_a_nan_stays_one():
+    step = 2.0**-10
+    values = {
+        1 + step: 1 + step,
+        1 + 0.499 * step: 1.0,
+        1 + 0.501 * step: 1 + step,
+        -1 - 0.501 * step: -1 - step,
+        1 + 0.5 * step: 1 + step,
+        torch.finfo(torch.float32).max: math.inf,
+        math.inf: math.inf,
+        -math.inf: -math.inf,
+        0.0: 0.0,
+    }
+    given = torch.tensor([*values, *[0.0] * (16 - len(values))], dtype=torch.float32)
+    given[-3:] = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)  # NaNs
+    given = given.to(DEVICE)
+    rounded = torch.empty_like(given)
+    round_kernel[(1,)](given, rounded, BLOCK=16)
+    expected = torch.tensor([*values.values()], dtype=torch.float32)
+    assert torch.equal(rounded[: len(values)].cpu(), expected)
+    assert rounded[-3:].isnan().all()
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_a_diverged_network_shows_in_its_rows_alone(precision):
+    case = make_case(2, 40, 30, 20, dtype=torch.float32)
+    before = run(case, True, precision)
+    case[0][1, 7, 3] = math.nan
+    after = run(case, True, precision)
+    rest = torch.ones(2, 40, dtype=torch.bool, device=DEVICE)
+    rest[1, 7] = False
+    assert after["y"][1, 7].isnan().all()
+    assert torch.equal(after["y"][rest], before["y"][rest]) and torch.equal(after["d_x"][rest], before["d_x"][rest])
+
+
+def test_only_what_is_asked_for():
+    x, weight, bias, d_y = make_case(2, 40, 30, 20)
+    y = linear.forward(x, weight, bias, True, "float32")
+    both = linear.backward(d_y, x, weight, y, True, "float32", True, True)
+    d_x, *nothing = linear.backward(d_y, x, weight, y, True, "float32", True, False)
+    assert torch.equal(d_x, both[0]) and [v.numel() for v in nothing] == [0, 0]
+    nothing, *to_layer = linear.backward(d_y, x, weight, y, True, "float32", False, True)
+    assert nothing.numel() == 0 and all(torch.equal(a, b) for a, b in zip(to_layer, both[1:], strict=True))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_no_rows(shared):
+    ours = run(make_case(2, 0, 5, 3, shared), True)
+    assert [list(v.shape) for v in ours.values()] == [[2, 0, 3], [0, 5] if shared else [2, 0, 5], [2, 3, 5], [2, 3]]
+    assert (ours["d_weight"] == 0).all() and (ours["d_bias"] == 0).all()
+
+
+def test_any_strides():
+    x, weight, bias, d_y = case = make_case(2, 40, 30, 20)
+    strided = [x.mT.contiguous().mT, weight.mT.contiguous().mT, bias.T.contiguous().T, d_y.mT.contiguous().mT]
+    ours, expected = run(strided, True), run(case, True)
+    assert all(torch.equal(ours[name], expected[name]) for name in NAMES)
+
+
+def test_value_errors():
+    x, weight, bias, _ = make_case(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"triton: expected float32 for x, got torch.float16"):
+        linear.forward(x.half(), weight, bias, False, "float32")
+    with pytest.raises(ValueError, match=r"precision: expected one of float32, tf32, bf16, got 'fp8'"):
+        linear.forward(x, weight, bias, False, "fp8")
