@@ -25,8 +25,8 @@ def squashed_normal_fwd_kernel(
     """Grid (cdiv(B, BLOCK_ROWS),); a program owns its rows. Reads 3 A numbers a row, writes A + 1, each once."""
     row, at, inside = _tile(n_rows, A, BLOCK_A, BLOCK_ROWS)
     mean, _, log_std, noise = _policy(out_ptr, noise_ptr, row, at, inside, A)
-    action = _tanh(mean + tl.exp(log_std) * noise)
-    logp = -0.5 * noise * noise - log_std - LOG_ROOT_TWO_PI - tl.log(1 - action * action + EDGE)
+    action, slope = _tanh(mean + tl.exp(log_std) * noise)
+    logp = -0.5 * noise * noise - log_std - LOG_ROOT_TWO_PI - tl.log(slope + EDGE)
     tl.store(action_ptr + row[:, None] * action_stride + at, action, mask=inside)
     tl.store(logp_ptr + row, tl.sum(tl.where(inside, logp, 0.0), 1), mask=row < n_rows)
 
@@ -71,15 +71,17 @@ def _policy(out_ptr, noise_ptr, row, at, inside, A: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    """-e / (2 + e) with e = exp(-2|x|) - 1, and the sign of x.
+    """tanh x, as -e / (2 + e) with e = exp(-2|x|) - 1 and the sign of x; and 1 - tanh^2 x, in full precision where the
+    tanh is so near to 1 that this difference would be all rounding.
 
-    Where that difference cancels, near 0, it is taken of u = exp(y) as rounded, and divided by what y would be for that
-    very u, log u: the rounding of u is in both and drops out (Kahan).
+    Where e cancels, near 0, it is taken of u = exp(y) as rounded, and divided by what y would be for that very u,
+    log u: the rounding of u is in both and drops out (Kahan).
     """
     y = -2 * tl.abs(x)
     u = tl.exp(y)
     e = tl.where(u == 1, y, tl.where(y > -1, (u - 1) * y / tl.log(u), u - 1))
-    return tl.where(x < 0, e, -e) / (2 + e)
+    t = -e / (2 + e)
+    return tl.where(x < 0, -t, t), 2 * u / (1 + u) * (1 + t)
 
 
 def policy_launch(n_actions: int) -> dict[str, Any]:
