@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 
@@ -32,6 +33,15 @@ DEV = [
     'triton>=3.6; platform_system == "Linux"',
     "types-psutil",
 ]
+
+
+class BuildPackage(build_py):
+    """Without what an earlier build left of modules that have since moved: setuptools packs all that lies there."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "d2r_fast", ignore_errors=True)
+        super().run()
 
 
 class BuildCpuLibrary(build_ext):
@@ -93,7 +103,7 @@ setup(
     package_dir={"d2r_fast.kernels": "kernels"},
     package_data={"d2r_fast": ["py.typed"]},
     ext_modules=[Extension("d2r_fast._cpu", sources=[])],
-    cmdclass={"build_ext": BuildCpuLibrary, "bdist_wheel": Wheel},
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildCpuLibrary, "bdist_wheel": Wheel},
     # The network and its operations need only these; everything that trains is in the extra.
     install_requires=["numpy>=1.26", "torch>=2.11"],
     extras_require={"train": TRAIN, "dev": TRAIN + DEV},

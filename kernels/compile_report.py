@@ -119,7 +119,7 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
     yield "split_base", "any", "float32", split_base_kernel, ELEMENTS_LAUNCH
     yield "split_base_bwd", "H400", "float32", split_base_bwd_kernel, {"H": 400} | ELEMENTS_LAUNCH
-    yield "bias_gradient", "any", "float32", bias_gradient_kernel, BIAS_LAUNCH
+    yield "bias_gradient", "B1280", "float32", bias_gradient_kernel, {"N_ROWS": 1280} | BIAS_LAUNCH
     yield from cases_of_linear_layers()
     yield from cases_of_the_update()
 

@@ -43,20 +43,24 @@ def split_base_bwd_kernel(
     tl.store(d_g_ptr + to, d_scaled * f, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_back"])
+@triton.jit(do_not_specialize=["n_back"])
 def bias_gradient_kernel(
-    d_z_ptr, place_ptr, gradient_ptr, n_rows, n_back, n_columns, BLOCK_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr
-):
-    """Grid (cdiv(W, BLOCK_COLUMNS), E); a program sums its columns of d_z [E,n_back,W] over the first n_rows rows, in
-    one order whatever the device does meanwhile, and writes each sum where `place` [E,W] says."""
+    d_z_ptr, place_ptr, gradient_ptr, n_back, n_columns,
+    N_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(W, BLOCK_COLUMNS), E); a program sums its columns of d_z [E,n_back,W] over the first N_ROWS rows, in
+    one order whatever the device does meanwhile, and writes each sum where `place` [E,W] says.
+
+    N_ROWS is a constant, for Triton 3.6's interpreter takes no tensor as the bound of a loop; a run has one.
+    """
     net = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = column < n_columns
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), d_z_ptr.dtype.element_ty)
-    for start in range(0, n_rows, BLOCK_ROWS):
+    for start in range(0, N_ROWS, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         at = (net * n_back + row)[:, None] * n_columns + column[None, :]
-        total += tl.load(d_z_ptr + at, mask=(row < n_rows)[:, None] & inside[None, :], other=0.0)
+        total += tl.load(d_z_ptr + at, mask=(row < N_ROWS)[:, None] & inside[None, :], other=0.0)
     place = tl.load(place_ptr + net * n_columns + column, mask=inside, other=0)
     tl.store(gradient_ptr + place, tl.sum(total, 0), mask=inside)
 
@@ -88,4 +92,4 @@ def bias_gradient(d_z: Tensor, place: Tensor, gradient: Tensor, n_rows: int) -> 
     n_nets, n_back, n_columns = d_z.shape
     launch: dict[str, Any] = BIAS_LAUNCH
     grid = (triton.cdiv(n_columns, launch["BLOCK_COLUMNS"]), n_nets)
-    bias_gradient_kernel[grid](d_z, place, gradient, n_rows, n_back, n_columns, **launch)
+    bias_gradient_kernel[grid](d_z, place, gradient, n_back, n_columns, N_ROWS=n_rows, **launch)

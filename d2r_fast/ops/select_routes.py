@@ -113,7 +113,8 @@ def make_routes(index: Tensor, gate: Tensor, flow: Tensor | None = None) -> Rout
     route = torch.arange(1, n_modules + 1, device=index.device)
     used = torch.arange(k, device=index.device) < route[:, None]  # [N,K]
     flow = used.expand(index.shape) if flow is None else flow & used
-    index = torch.where(used, index, 0).to(torch.int32)
+    # By way of int64: torch 2.11 compares and chooses few unsigned dtypes.
+    index = torch.where(used, index.to(torch.int64), 0).to(torch.int32)
     return Routes(index, torch.where(used, gate, 0), flow.contiguous(), reference.active_bits(index))
 
 
