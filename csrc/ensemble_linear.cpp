@@ -30,7 +30,7 @@ LinearSizes linear_sizes(const Tensor& x, const Tensor& weight) {
   return s;
 }
 
-Tensor ensemble_linear(Tensor x, Tensor weight, Tensor bias, bool relu, std::string precision) {
+Tensor ensemble_linear(Tensor x, Tensor weight, Tensor bias, bool relu, Precision precision) {
   x = readable(x), weight = readable(weight), bias = readable(bias);
   const LinearSizes s = linear_sizes(x, weight);
   const ScalarType real = x.scalar_type();
@@ -51,7 +51,7 @@ Tensor ensemble_linear(Tensor x, Tensor weight, Tensor bias, bool relu, std::str
 }
 
 std::tuple<Tensor, Tensor, Tensor> ensemble_linear_backward(Tensor d_y, Tensor x, Tensor weight, Tensor y, bool relu,
-                                                            std::string precision, bool to_x, bool to_weight) {
+                                                            Precision precision, bool to_x, bool to_weight) {
   d_y = readable(d_y), x = readable(x), weight = readable(weight), y = readable(y);
   const LinearSizes s = linear_sizes(x, weight);
   const ScalarType real = x.scalar_type();

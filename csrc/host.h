@@ -12,6 +12,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -43,15 +44,20 @@ void check(bool condition, const Parts&... parts) {
   if (!condition) refuse(parts...);
 }
 
-// Of the instruction set in use, for products in `precision` (d2r_fast/ops/backends.py).
+// An argument `str precision` (d2r_fast/ops/backends.py). Not std::string: torch's conversion to one (2.11 to 2.13) leaks a
+// copy of it in every call.
+struct Precision {
+  bool bf16 = false;
+};
+
+// Of the instruction set in use, for products in `precision`.
 template <typename T>
-const Kernels<T>& kernels(const std::string& precision = "float32") {
-  const bool bf16 = precision == "bf16";
+const Kernels<T>& kernels(Precision precision = {}) {
   if constexpr (std::is_same_v<T, double>) {
-    check(!bf16, "precision: expected float32 tensors for bf16 products, got float64");
+    check(!precision.bf16, "precision: expected float32 tensors for bf16 products, got float64");
     return isa().kernels->float64;
   } else {
-    return bf16 ? isa().kernels->bf16 : isa().kernels->float32;
+    return precision.bf16 ? isa().kernels->bf16 : isa().kernels->float32;
   }
 }
 
@@ -133,3 +139,17 @@ void with_dtype(const Tensor& tensor, const Body& body) {
 }
 
 }  // namespace d2r_fast
+
+template <>
+struct torch::stable::detail::ToImpl<d2r_fast::Precision> {
+  static d2r_fast::Precision call(StableIValue value, uint64_t /*extension_build_version*/, bool /*is_internal*/) {
+    const auto handle = torch::stable::detail::to<StringHandle>(value);
+    const char* text;
+    size_t length;
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    const bool bf16 = std::string_view(text, length) == "bf16";
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return {bf16};
+  }
+};

@@ -53,7 +53,7 @@ void check_inputs(const Sizes& s, ScalarType real, const Tensor& weight, const T
 // modules are stored, row by row from the start: memory past the last is never touched, and where the system hands out pages
 // on demand it is never taken.
 std::tuple<Tensor, Tensor, Tensor> routed_modules(Tensor h0, Tensor weight, Tensor bias, Tensor index, Tensor gate,
-                                                  Tensor /*flow*/, Tensor active, bool residual, std::string precision,
+                                                  Tensor /*flow*/, Tensor active, bool residual, Precision precision,
                                                   bool keep) {
   h0 = readable(h0), weight = readable(weight), bias = readable(bias);
   index = readable(index), gate = readable(gate), active = readable(active);
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_modules(Tensor h0, Tensor weight, Tens
 // The routes are those that a forward pass has checked. d_weight and d_bias come empty unless `to_weight`.
 std::tuple<Tensor, Tensor, Tensor, Tensor> routed_modules_backward(Tensor d_mixed, Tensor weight, Tensor h, Tensor opened,
                                                                    Tensor index, Tensor gate, Tensor flow, Tensor active,
-                                                                   bool residual, std::string precision, bool to_weight) {
+                                                                   bool residual, Precision precision, bool to_weight) {
   d_mixed = readable(d_mixed), weight = readable(weight), h = readable(h), opened = readable(opened);
   index = readable(index), gate = readable(gate), flow = readable(flow), active = readable(active);
   const Sizes s = sizes_of(d_mixed, index, residual);

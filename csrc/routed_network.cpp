@@ -158,7 +158,7 @@ NetworkArgs<T> network_args(const NetworkSizes& s, const Packed<T>& packed, cons
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> routed_network(
     Tensor x, Tensor task, std::optional<Tensor> temperature, std::optional<Tensor> noise, std::optional<Tensor> given,
-    int64_t k, bool residual, bool resrouting, std::string precision, bool keep, std::vector<Tensor> parameters) {
+    int64_t k, bool residual, bool resrouting, Precision precision, bool keep, std::vector<Tensor> parameters) {
   const NetworkSizes s = network_sizes(x, task, parameters, k, residual);
   const Sizes& m = s.modules;
   const ScalarType real = x.scalar_type();
@@ -210,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route
 
 Tensor routed_network_backward(Tensor d_out, std::optional<Tensor> to_gate, Tensor x, Tensor task,
                                std::vector<Tensor> parameters, Tensor gate, Tensor index, Tensor flow, Tensor active,
-                               Tensor activations, Tensor h, Tensor opened, bool residual, std::string precision, bool to_x,
+                               Tensor activations, Tensor h, Tensor opened, bool residual, Precision precision, bool to_x,
                                std::vector<Tensor> d_parameters) {
   check(index.dim() == 4, "index: expected [E,B,N,K], got ", shape_text(index.sizes()));
   const NetworkSizes s = network_sizes(x, task, parameters, index.size(3), residual);
