@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> ensemble_linear_backward(Tensor d_y, Tensor x
     if (to_x) panels = pack_weights(kernel, const_data<T>(weight), s.n_nets, s.n_out, s.n_in, true);
     const std::vector<Gradient<T>> gradients{{to_weight ? data<T>(d_weight) : nullptr, s.n_out * s.n_in},
                                              {to_weight ? data<T>(d_bias) : nullptr, s.n_out}};
-    sum_over_rows(s.n_nets, s.n_rows, gradients, [](int64_t) { return 1; },
+    sum_over_rows(s.n_nets, s.n_rows, s.n_rows, gradients, [](int64_t, int64_t) { return 1; },
                   [&](int64_t net, int64_t first, int64_t n_rows, T* const* sums) {
                     const int64_t row = net * s.n_rows + first;
                     const std::byte* own_panels = to_x ? panels.get() + net * kernel.packed_bytes(s.n_out, s.n_in) : nullptr;

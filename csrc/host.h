@@ -61,10 +61,19 @@ const Kernels<T>& kernels(Precision precision = {}) {
   }
 }
 
-inline std::string shape_text(const auto& shape) {
-  std::ostringstream text;
-  for (const char* before = "["; const int64_t size : shape) text << std::exchange(before, ", ") << size;
-  return shape.size() ? text.str() + "]" : "[]";
+// Written as [2, 3] where a message is told: a text made in every check would cost more than the checks.
+template <typename Shape>
+struct ShapeText {
+  const Shape& shape;
+  friend std::ostream& operator<<(std::ostream& text, const ShapeText& of) {
+    text << "[";
+    for (const char* before = ""; const int64_t size : of.shape) text << std::exchange(before, ", ") << size;
+    return text << "]";
+  }
+};
+template <typename Shape>
+ShapeText<Shape> shape_text(const Shape& shape) {
+  return {shape};
 }
 
 // A tensor of another shape or dtype would be read past its end.

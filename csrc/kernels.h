@@ -103,6 +103,8 @@ struct NetworkForwardArgs {
   ForwardArgs<T> modules;  // h0 and mixed unused
   T* activations;          // what backward needs of the layers: see network_cpu.h; null with modules.h: no backward follows
   T* out;                  // [E,B,out]
+  int64_t n_chosen;        // rows of noise; the first of each network. Rows after them, and after those given, are greedy
+  int64_t n_back;          // the first rows of each network, of which is kept what backward needs. No block reaches over either
 };
 
 template <typename T>
@@ -110,10 +112,11 @@ struct NetworkBackwardArgs {
   NetworkArgs<T> network;
   BackwardArgs<T> modules;  // d_mixed is scratch, too
   const T* activations;
-  const T* d_out;           // [E,B,out]
+  const T* d_out;           // [E,n_back,out], of the first rows of each network
   const T* to_gate;         // [E,B,N,K] gradient that reaches the gates from outside, or null
   T* d_mixed;               // [E,B,D] scratch
-  T* d_x;                   // [E,B,in], or null: not wanted
+  T* d_x;                   // [E,n_back-first_to_x,in], or null: not wanted
+  int64_t n_back, first_to_x;  // no block reaches over row first_to_x
 };
 
 // A run of one network's parameters with all that a step of Adam changes.

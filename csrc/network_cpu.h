@@ -77,18 +77,26 @@ ForwardArgs<T> alone(ForwardArgs<T> modules, int64_t net, int64_t first, int64_t
   modules.active += at;
   modules.h0 = h0;
   modules.mixed = mixed;
+  modules.begin = nullptr;
+  modules.h = nullptr;
+  modules.opened = nullptr;
   s.n_nets = 1;
   s.n_rows = n_rows;
   return modules;
 }
 
 template <typename T>
-RouteArgs<T> routes_of_block(RouteArgs<T> routes, int64_t row, int64_t row_of_net, const T* logits) {
-  const int64_t n_modules = routes.size.n_modules, slot = row * n_modules * routes.size.n_kept;
+RouteArgs<T> routes_of_block(const NetworkForwardArgs<T>& args, int64_t net, int64_t first, const T* logits) {
+  RouteArgs<T> routes = args.routes;
+  const int64_t n_modules = routes.size.n_modules, row = net * args.modules.size.n_rows + first;
+  const int64_t slot = row * n_modules * routes.size.n_kept;
   routes.logits = logits;
-  if (routes.noise) {
-    routes.temperature += row_of_net;
-    routes.noise += row * (n_modules * (n_modules + 1) / 2);
+  if (first >= args.n_chosen) {
+    routes.temperature = routes.noise = nullptr;
+    routes.given = false;
+  } else if (routes.noise) {
+    routes.temperature += first;
+    routes.noise += (net * args.n_chosen + first) * (n_modules * (n_modules + 1) / 2);
   }
   routes.index += slot;
   routes.gate += slot;
@@ -106,7 +114,8 @@ void network_forward(const NetworkForwardArgs<T>& args, int64_t net, int64_t fir
   Workspace& workspace = Workspace::of_this_thread<Workspace::Owner::kCaller>();
   workspace.reserve(sizeof(T) * n_rows * numbers_per_row(network, s.width) + (network.n_layers + 8) * (64 + sizeof(T*)));
   T** route = workspace.take<T*>(network.n_layers);
-  T* at = args.activations;
+  T* at = first < args.n_back ? args.activations : nullptr;
+  const bool keeps = at;
   const auto block = lay_out(network, s.width, route, [&](int64_t width) {
     return at ? kept_activations(at, s, net, first, width) : workspace.take<T>(n_rows * width);
   });
@@ -121,9 +130,9 @@ void network_forward(const NetworkForwardArgs<T>& args, int64_t net, int64_t fir
   const T* in = scaled;
   for (int64_t l = kRoute; l < last; in = route[l++ - kRoute]) run(l, in, route[l - kRoute]);
   run(last, in, logits);
-  select_routes(routes_of_block(args.routes, row, first, logits), n_rows);
+  select_routes(routes_of_block(args, net, first, logits), n_rows);
   run(kModule0, opened, block.h0);
-  if (args.activations) {
+  if (keeps) {
     ForwardArgs<T> modules = args.modules;
     modules.h0 = block.h0 - row * s.width;
     modules.mixed = block.mixed - row * s.width;
@@ -181,7 +190,7 @@ void network_backward(const NetworkBackwardArgs<T>& args, int64_t net, int64_t f
   };
   split_base(network, net, first, n_rows, block.base1, scaled, opened);
 
-  back(kHead, args.d_out + row * layers[kHead].n_out, block.mixed, nullptr, args.d_mixed + row * s.width);
+  back(kHead, args.d_out + (net * args.n_back + first) * layers[kHead].n_out, block.mixed, nullptr, args.d_mixed + row * s.width);
   backward<T, Products>(args.modules, net, first, n_rows, sums[2 * kModules], sums[2 * kModules + 1]);
   back(kModule0, args.modules.d_h0 + row * s.width, opened, block.h0, d_opened);
 
@@ -213,7 +222,9 @@ void network_backward(const NetworkBackwardArgs<T>& args, int64_t net, int64_t f
     add_task_gradient(network, network.task + first, n_rows, d_scaled, hidden, run, sums[2 * kTask], sums[2 * kTask + 1]);
   T* d_base0 = scaled;  // read for the last time above
   back(kBase1, d_opened, block.base0, nullptr, d_base0);
-  T* d_x = args.d_x ? args.d_x + row * layers[kBase0].n_in : nullptr;
+  T* d_x = nullptr;
+  if (args.d_x && first >= args.first_to_x)
+    d_x = args.d_x + (net * (args.n_back - args.first_to_x) + first - args.first_to_x) * layers[kBase0].n_in;
   back_from(kBase0, d_base0, network.x + first * network.x_stride, network.x_stride, block.base0, d_x);
 }
 

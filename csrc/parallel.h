@@ -46,42 +46,54 @@ void for_each_even_block(int64_t n_rows, int64_t n_blocks, const Body& body) {
 
 inline int64_t blocks_of(int64_t n_rows) { return (n_rows + kBlockRows - 1) / kBlockRows; }
 
-// Calls body(net, first, n_rows) for blocks of rows of every network.
+// Calls body(net, first, n_rows) for blocks of rows of every network, none of which reaches over row `boundary`.
 template <typename Body>
-void for_each_row_block(int64_t n_nets, int64_t n_rows, const Body& body) {
+void for_each_row_block(int64_t n_nets, int64_t n_rows, int64_t boundary, const Body& body) {
   if (n_nets == 0) return;
   // As many blocks for each thread, unless there are so many that the last ones hardly matter.
-  const int64_t n_threads = torch::stable::get_num_threads();
-  int64_t per_net = blocks_of(n_rows);
-  if (n_nets * per_net < 8 * n_threads)
-    while (n_nets * per_net % n_threads && per_net < n_rows) ++per_net;
+  const int64_t n_threads = torch::stable::get_num_threads(), rows[] = {boundary, n_rows - boundary};
+  int64_t blocks[] = {blocks_of(rows[0]), blocks_of(rows[1])};
+  if (n_nets * (blocks[0] + blocks[1]) < 8 * n_threads)
+    while (n_nets * (blocks[0] + blocks[1]) % n_threads) {
+      const bool second = rows[0] == 0 || rows[0] * blocks[1] < rows[1] * blocks[0];  // has the larger blocks
+      if (blocks[second] >= rows[second]) break;
+      ++blocks[second];
+    }
+  const int64_t per_net = blocks[0] + blocks[1];
   for_each_block(n_nets * per_net, [&](int64_t block) {
-    const int64_t at = block % per_net, first = at * n_rows / per_net;
-    body(block / per_net, first, (at + 1) * n_rows / per_net - first);
+    const int64_t at = block % per_net, part = at >= blocks[0], begin = part ? boundary : 0;
+    const int64_t i = at - (part ? blocks[0] : 0), first = i * rows[part] / blocks[part];
+    body(block / per_net, begin + first, (i + 1) * rows[part] / blocks[part] - first);
   });
+}
+template <typename Body>
+void for_each_row_block(int64_t n_nets, int64_t n_rows, const Body& body) {
+  for_each_row_block(n_nets, n_rows, n_rows, body);
 }
 
 // Rows of one network that one thread owns in backward, and where their share of the weights' gradient goes.
 struct Segment {
   int64_t net, first, n_rows, thread;
-  int64_t part;  // 0: the gradient itself, which this segment starts; else partial sum number part - 1
+  int64_t part;  // 0: the gradient itself, which this segment starts; else partial sum number part - 1; -1: no sums
 };
 
 // Splits all rows among the threads, in order, so that each has the same cost. The split depends on nothing but the costs
-// and the number of threads, and so do the sums.
+// and the number of threads, and so do the sums, which are over the first `n_summed` rows of each network; no segment
+// reaches over that row.
 template <typename Cost>
-std::vector<Segment> split_rows(int64_t n_nets, int64_t n_rows, int64_t n_threads, const Cost& cost) {
+std::vector<Segment> split_rows(int64_t n_nets, int64_t n_rows, int64_t n_summed, int64_t n_threads, const Cost& cost) {
   int64_t total = 0, done = 0, parts = 0;
-  for (int64_t row = 0; row < n_nets * n_rows; ++row) total += cost(row);
+  for (int64_t net = 0; net < n_nets; ++net)
+    for (int64_t row = 0; row < n_rows; ++row) total += cost(net, row);
   std::vector<Segment> segments;
   for (int64_t net = 0; net < n_nets; ++net)
     for (int64_t row = 0; row < n_rows; ++row) {
       const int64_t thread = std::min(n_threads - 1, done * n_threads / std::max<int64_t>(total, 1));
-      done += cost(net * n_rows + row);
-      if (row > 0 && segments.back().thread == thread)
+      done += cost(net, row);
+      if (row > 0 && row != n_summed && segments.back().thread == thread)
         ++segments.back().n_rows;
       else
-        segments.push_back({net, row, 1, thread, row == 0 ? 0 : ++parts});
+        segments.push_back({net, row, 1, thread, row >= n_summed ? -1 : row == 0 ? 0 : ++parts});
     }
   return segments;
 }
@@ -94,20 +106,22 @@ struct Gradient {
 };
 
 // Calls body(net, first, n_rows, sums) for blocks of rows; sums[i] is where the block adds to gradient i of its network, or
-// null. A thread's blocks add to sums of its own, which are then added up in a fixed order.
+// null. A thread's blocks add to sums of its own, which are then added up in a fixed order. Sums are over the first n_summed
+// rows of each network; cost(net, row) is a row's.
 template <typename T, typename Cost, typename Body>
-void sum_over_rows(int64_t n_nets, int64_t n_rows, const std::vector<Gradient<T>>& gradients, const Cost& cost,
-                   const Body& body) {
+void sum_over_rows(int64_t n_nets, int64_t n_rows, int64_t n_summed, const std::vector<Gradient<T>>& gradients,
+                   const Cost& cost, const Body& body) {
   int64_t part = 0;  // numbers in one network's sums
   for (const Gradient<T>& gradient : gradients) part += gradient.sum ? gradient.per_net : 0;
-  if (n_rows == 0)
+  if (std::min(n_rows, n_summed) == 0)
     for (const Gradient<T>& gradient : gradients)
       if (gradient.sum) std::fill_n(gradient.sum, n_nets * gradient.per_net, T(0));
   // A thread with fewer rows than a block would spend its time on its own copy of the sums.
   const int64_t n_threads =
       std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, n_nets * n_rows / kBlockRows));
-  const std::vector<Segment> segments = split_rows(n_nets, n_rows, n_threads, cost);
-  const int64_t n_parts = part && !segments.empty() ? static_cast<int64_t>(segments.size()) - n_nets : 0;
+  const std::vector<Segment> segments = split_rows(n_nets, n_rows, n_summed, n_threads, cost);
+  int64_t n_parts = 0;
+  for (const Segment& segment : segments) n_parts = part ? std::max(n_parts, segment.part) : 0;
   auto partial = std::make_unique_for_overwrite<T[]>(n_parts * part);
   torch::stable::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
     std::vector<T*> sums(gradients.size());
@@ -116,8 +130,8 @@ void sum_over_rows(int64_t n_nets, int64_t n_rows, const std::vector<Gradient<T>
       T* own = partial.get() + (segment.part - 1) * part;
       for (size_t i = 0; i < gradients.size(); ++i) {
         const auto [sum, per_net] = gradients[i];
-        sums[i] = !sum || segment.part == 0 ? sum : own;
-        if (!sum) continue;
+        sums[i] = segment.part < 0 ? nullptr : !sum || segment.part == 0 ? sum : own;
+        if (!sums[i]) continue;
         if (segment.part == 0)
           sums[i] += segment.net * per_net;
         else
@@ -131,7 +145,7 @@ void sum_over_rows(int64_t n_nets, int64_t n_rows, const std::vector<Gradient<T>
   });
   torch::stable::parallel_for(0, n_parts ? part : 0, 1 << 14, [&](int64_t begin, int64_t end) {
     for (const Segment& segment : segments) {
-      if (segment.part == 0) continue;
+      if (segment.part <= 0) continue;
       const T* own = partial.get() + (segment.part - 1) * part;
       int64_t at = 0;  // where gradient i begins in a part
       for (const auto& [sum, per_net] : gradients) {

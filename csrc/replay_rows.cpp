@@ -28,25 +28,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> replay_rows(Tensor obs, Tensor action
   Tensor rows = torch::stable::new_empty(obs, {3, n_rows, width});
   Tensor rewards = torch::stable::new_empty(reward, {n_rows}), terminals = torch::stable::new_empty(reward, {n_rows});
   Tensor given = torch::stable::new_empty(route, {1, n_rows, n_modules, n_kept});
+  const float *obs_of = const_data<float>(obs), *action_of = const_data<float>(action);
+  const float *next_obs_of = const_data<float>(next_obs), *reward_of = const_data<float>(reward);
+  const bool* terminal_of = const_data<bool>(terminal);
+  const uint8_t* route_of = const_data<uint8_t>(route);
+  const double* share_of = const_data<double>(share);
+  float *rows_of = data<float>(rows), *rewards_of = data<float>(rewards), *terminals_of = data<float>(terminals);
+  uint8_t* given_of = data<uint8_t>(given);
   constexpr int64_t kRowsAtOnce = 128;
   for_each_block((n_rows + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t block) {
     for (int64_t row = block * kRowsAtOnce; row < std::min(n_rows, (block + 1) * kRowsAtOnce); ++row) {
       // A product may round up to the size.
-      const auto drawn = static_cast<int64_t>(const_data<double>(share)[row] * static_cast<double>(filled));
+      const auto drawn = static_cast<int64_t>(share_of[row] * static_cast<double>(filled));
       const int64_t from = row / per_task * stored + std::clamp<int64_t>(drawn, 0, filled - 1);
-      float* to = data<float>(rows) + row * width;
-      const float* own = const_data<float>(obs) + from * n_obs;
+      float* to = rows_of + row * width;
+      const float* own = obs_of + from * n_obs;
       std::memcpy(to, own, n_obs * sizeof(float));
-      std::memcpy(to + n_obs, const_data<float>(action) + from * n_actions, n_actions * sizeof(float));
+      std::memcpy(to + n_obs, action_of + from * n_actions, n_actions * sizeof(float));
       to += n_rows * width;
       std::memcpy(to, own, n_obs * sizeof(float));
       std::memset(to + n_obs, 0, n_actions * sizeof(float));
       to += n_rows * width;
-      std::memcpy(to, const_data<float>(next_obs) + from * n_obs, n_obs * sizeof(float));
+      std::memcpy(to, next_obs_of + from * n_obs, n_obs * sizeof(float));
       std::memset(to + n_obs, 0, n_actions * sizeof(float));
-      data<float>(rewards)[row] = const_data<float>(reward)[from];
-      data<float>(terminals)[row] = const_data<bool>(terminal)[from] ? 1.0f : 0.0f;
-      std::memcpy(data<uint8_t>(given) + row * routes, const_data<uint8_t>(route) + from * routes, routes);
+      rewards_of[row] = reward_of[from];
+      terminals_of[row] = terminal_of[from] ? 1.0f : 0.0f;
+      std::memcpy(given_of + row * routes, route_of + from * routes, routes);
     }
   });
   return {rows, rewards, terminals, given};

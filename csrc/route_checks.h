@@ -64,21 +64,21 @@ class GivenRoutes {
 
   bool any() const { return from_ != nullptr; }
 
-  // Rows row..row+n_rows of all networks'; false, with nothing to run, if one of them is illegal.
-  bool take(int64_t row, int64_t n_rows) {
+  // Rows row..row+n_rows of all networks', which become the rows from `to` of `index`; false, with nothing to run, if one of
+  // them is illegal.
+  bool take(int64_t row, int64_t n_rows, int64_t to) {
     if (!any()) return true;
-    return with_index([&](const auto* from) {
+    return with_index([&](const auto* given) {
       const int64_t slots = size_.n_modules * size_.n_kept;
-      for (int64_t r = row; r < row + n_rows; ++r) {
-        if (find_illegal_slot(from + r * slots, size_.n_modules, size_.n_kept) >= 0) {
+      for (int64_t r = 0; r < n_rows; ++r) {
+        const auto* from = given + (row + r) * slots;
+        if (find_illegal_slot(from, size_.n_modules, size_.n_kept) >= 0) {
           has_illegal_ = true;
           return false;
         }
+        int32_t* index = index_ + (to + r) * slots;
         for (int64_t i = 1; i <= size_.n_modules; ++i)
-          for (int64_t k = 0; k < size_.n_kept; ++k) {
-            const int64_t at = r * slots + (i - 1) * size_.n_kept + k;
-            index_[at] = k < i ? static_cast<int32_t>(from[at]) : 0;
-          }
+          for (int64_t k = 0; k < size_.n_kept; ++k, ++from, ++index) *index = k < i ? static_cast<int32_t>(*from) : 0;
       }
       return true;
     });

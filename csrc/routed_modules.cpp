@@ -134,10 +134,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_modules_backward(Tensor d_mixe
     const int64_t biases = (s.n_modules - 1) * s.width;  // of one network
     const std::vector<Gradient<T>> gradients{{to_weight ? data<T>(d_weight) : nullptr, biases * s.width},
                                              {to_weight ? data<T>(d_bias) : nullptr, biases}};
-    const auto cost = [&](int64_t row) { return count_lines(args.active[row], s.n_modules); };
-    sum_over_rows(s.n_nets, s.n_rows, gradients, cost, [&](int64_t net, int64_t first, int64_t n_rows, T* const* sums) {
+    const auto cost = [&](int64_t net, int64_t row) { return count_lines(args.active[net * s.n_rows + row], s.n_modules); };
+    const auto run = [&](int64_t net, int64_t first, int64_t n_rows, T* const* sums) {
       kernel.backward(args, net, first, n_rows, sums[0], sums[1]);
-    });
+    };
+    sum_over_rows(s.n_nets, s.n_rows, s.n_rows, gradients, cost, run);
   });
   return {d_h0, d_weight, d_bias, d_gate};
 }

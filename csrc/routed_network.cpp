@@ -1,4 +1,5 @@
 // Whole networks on the CPU: host side of network_cpu.h.
+#include <array>
 #include <tuple>
 #include <vector>
 
@@ -36,6 +37,20 @@ WeightShape weight_shape(const NetworkSizes& s, const std::vector<Tensor>& param
   return {1, l == s.n_layers - 1 ? s.n_logits : parameters[2 * l].size(1), n_in};
 }
 
+// `shape` has an axis for how many matrices the layer has, which only the modules have.
+void check_parameter(int64_t at, const char* what, const Tensor& parameter, ScalarType real,
+                     std::initializer_list<int64_t> shape) {
+  std::array<int64_t, 4> expected;
+  auto end = std::copy(shape.begin(), shape.end(), expected.begin());
+  if (at / 2 != kModules) end = std::copy(expected.begin() + 2, end, expected.begin() + 1);
+  const torch::headeronly::IntHeaderOnlyArrayRef wanted(expected.data(), end - expected.begin());
+  check(parameter.scalar_type() == real, "parameters[", at, "], ", what, ": expected a tensor of ",
+        torch::headeronly::toString(real), ", got ", torch::headeronly::toString(parameter.scalar_type()));
+  const auto got = parameter.sizes();
+  check(std::equal(got.begin(), got.end(), wanted.begin(), wanted.end()), "parameters[", at, "], ", what,
+        ": expected shape ", shape_text(wanted), ", got ", shape_text(got));
+}
+
 // Checks everything; what does not lie in one piece is replaced by a copy that does, once the shapes are known. Rows of x
 // may be columns of a wider matrix.
 NetworkSizes network_sizes(Tensor& x, Tensor& task, std::vector<Tensor>& parameters, int64_t n_kept, bool residual) {
@@ -64,17 +79,8 @@ NetworkSizes network_sizes(Tensor& x, Tensor& task, std::vector<Tensor>& paramet
     const auto [count, n_out, n_in] = weight_shape(s, parameters, l);
     check_width("a layer's input", n_in);
     check_width("a layer's output", n_out);
-    const std::string weight = "parameters[" + std::to_string(2 * l) + "], a weight";
-    const std::string bias = "parameters[" + std::to_string(2 * l + 1) + "], a bias";
-    check_dtype(weight.c_str(), parameters[2 * l], real);
-    check_dtype(bias.c_str(), parameters[2 * l + 1], real);
-    if (l == kModules) {
-      check_shape(weight.c_str(), parameters[2 * l], {m.n_nets, count, n_out, n_in});
-      check_shape(bias.c_str(), parameters[2 * l + 1], {m.n_nets, count, n_out});
-    } else {
-      check_shape(weight.c_str(), parameters[2 * l], {m.n_nets, n_out, n_in});
-      check_shape(bias.c_str(), parameters[2 * l + 1], {m.n_nets, n_out});
-    }
+    check_parameter(2 * l, "a weight", parameters[2 * l], real, {m.n_nets, count, n_out, n_in});
+    check_parameter(2 * l + 1, "a bias", parameters[2 * l + 1], real, {m.n_nets, count, n_out});
   }
   for (Tensor& parameter : parameters) parameter = readable(parameter);
   return s;
@@ -158,20 +164,30 @@ NetworkArgs<T> network_args(const NetworkSizes& s, const Packed<T>& packed, cons
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> routed_network(
     Tensor x, Tensor task, std::optional<Tensor> temperature, std::optional<Tensor> noise, std::optional<Tensor> given,
-    int64_t k, bool residual, bool resrouting, Precision precision, bool keep, std::vector<Tensor> parameters) {
+    int64_t k, bool residual, bool resrouting, Precision precision, int64_t n_back, std::vector<Tensor> parameters) {
   const NetworkSizes s = network_sizes(x, task, parameters, k, residual);
   const Sizes& m = s.modules;
   const ScalarType real = x.scalar_type();
   temperature = readable(temperature, real), noise = readable(noise, real);
   check(noise.has_value() == temperature.has_value(), "temperature: expected one where there is noise, and none elsewhere");
-  if (noise) check_tensor("noise", *noise, real, {m.n_nets, m.n_rows, s.n_logits});
-  if (temperature) check_tensor("temperature", *temperature, real, {m.n_rows});
+  check((!noise || noise->dim() == 3) && (!given || given->dim() == 4),
+        "noise, index: expected [E,n,R] and [E,n,N,K], of the first n rows");
+  const int64_t n_chosen = noise ? noise->size(1) : given ? given->size(1) : 0;
+  check(n_chosen <= m.n_rows, "noise, index: expected at most ", m.n_rows, " rows, got ", n_chosen);
+  check(n_back >= 0 && n_back <= m.n_rows, "n_back: expected 0..", m.n_rows, ", got ", n_back);
+  check(n_back == 0 || n_chosen == 0 || n_back == n_chosen || std::max(n_back, n_chosen) == m.n_rows,
+        "n_back: expected the rows of the choice, ", n_chosen, ", or all ", m.n_rows, ", got ", n_back);
+  if (noise) check_tensor("noise", *noise, real, {m.n_nets, n_chosen, s.n_logits});
+  if (temperature) check_tensor("temperature", *temperature, real, {n_chosen});
+  const bool keep = n_back > 0;
   Tensor out = fresh(x, {m.n_nets, m.n_rows, s.n_out});
   const ChosenRoutes chosen = fresh_routes(m, x);
   Tensor activations = fresh(x, {m.n_nets * m.n_rows * activation_width(s, parameters)}, keep);
   Tensor h = fresh(x, {m.n_nets, m.n_modules, m.n_rows, m.width}, keep);
   Tensor opened = fresh(x, {m.n_nets, m.n_modules, m.n_rows, m.width}, keep, ScalarType::Bool);
-  GivenRoutes given_routes(given, m, data<int32_t>(chosen.index));
+  Sizes given_size = m;
+  given_size.n_rows = n_chosen;
+  GivenRoutes given_routes(given, given_size, data<int32_t>(chosen.index));
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(precision);
@@ -199,9 +215,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route
                                  keep ? data<bool>(opened) : nullptr,
                                  nullptr};
     const NetworkForwardArgs<T> args{network_args(s, packed, x, task), route_args, modules,
-                                     keep ? data<T>(activations) : nullptr, data<T>(out)};
-    for_each_row_block(m.n_nets, m.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
-      if (given_routes.take(net * m.n_rows + first, n_rows)) kernel.network_forward(args, net, first, n_rows);
+                                     keep ? data<T>(activations) : nullptr, data<T>(out), n_chosen, n_back};
+    const int64_t boundary = n_chosen && n_chosen < m.n_rows ? n_chosen : n_back ? n_back : m.n_rows;
+    for_each_row_block(m.n_nets, m.n_rows, boundary, [&](int64_t net, int64_t first, int64_t n_rows) {
+      if (first < n_chosen && !given_routes.take(net * n_chosen + first, n_rows, net * m.n_rows + first)) return;
+      kernel.network_forward(args, net, first, n_rows);
     });
   });
   given_routes.require_legal();
@@ -210,8 +228,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route
 
 Tensor routed_network_backward(Tensor d_out, std::optional<Tensor> to_gate, Tensor x, Tensor task,
                                std::vector<Tensor> parameters, Tensor gate, Tensor index, Tensor flow, Tensor active,
-                               Tensor activations, Tensor h, Tensor opened, bool residual, Precision precision, bool to_x,
-                               std::vector<Tensor> d_parameters) {
+                               Tensor activations, Tensor h, Tensor opened, bool residual, Precision precision,
+                               int64_t n_learning, int64_t first_to_x, std::vector<Tensor> d_parameters) {
   check(index.dim() == 4, "index: expected [E,B,N,K], got ", shape_text(index.sizes()));
   const NetworkSizes s = network_sizes(x, task, parameters, index.size(3), residual);
   const Sizes& m = s.modules;
@@ -219,16 +237,24 @@ Tensor routed_network_backward(Tensor d_out, std::optional<Tensor> to_gate, Tens
   const ScalarType real = x.scalar_type();
   const bool to_parameters = !d_parameters.empty();
   d_out = readable(d_out), to_gate = readable(to_gate, real);
-  check_tensor("d_out", d_out, real, {m.n_nets, m.n_rows, s.n_out});
+  check(d_out.dim() == 3 && d_out.size(1) <= m.n_rows, "d_out: expected [E,n,out] of at most ", m.n_rows, " rows, got ",
+        shape_text(d_out.sizes()));
+  const int64_t n_back = d_out.size(1);
+  check_tensor("d_out", d_out, real, {m.n_nets, n_back, s.n_out});
+  check(n_learning >= 0 && n_learning <= n_back && first_to_x >= 0 && first_to_x <= n_back,
+        "n_learning, first_to_x: expected 0..", n_back, ", got ", n_learning, " and ", first_to_x);
   if (to_gate) check_tensor("to_gate", *to_gate, real, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
   check_tensor("gate", gate, real, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
   check_tensor("index", index, ScalarType::Int, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
   check_tensor("flow", flow, ScalarType::Bool, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
   check_tensor("active", active, ScalarType::Int, {m.n_nets, m.n_rows});
-  check_tensor("activations", activations, real, {rows * activation_width(s, parameters)});
-  check_tensor("h", h, real, {m.n_nets, m.n_modules, m.n_rows, m.width});
-  check_tensor("opened", opened, ScalarType::Bool, {m.n_nets, m.n_modules, m.n_rows, m.width});
-  Tensor d_x = fresh(x, {m.n_nets, m.n_rows, s.n_in}, to_x);
+  if (n_back > 0) {
+    check_tensor("activations", activations, real, {rows * activation_width(s, parameters)});
+    check_tensor("h", h, real, {m.n_nets, m.n_modules, m.n_rows, m.width});
+    check_tensor("opened", opened, ScalarType::Bool, {m.n_nets, m.n_modules, m.n_rows, m.width});
+  }
+  const bool to_x = first_to_x < n_back;
+  Tensor d_x = fresh(x, {m.n_nets, n_back - first_to_x, s.n_in}, to_x);
   check(!to_parameters || d_parameters.size() == parameters.size(), "d_parameters: expected ", parameters.size(),
         " tensors, got ", d_parameters.size());
   for (size_t i = 0; i < d_parameters.size(); ++i)
@@ -257,7 +283,7 @@ Tensor routed_network_backward(Tensor d_out, std::optional<Tensor> to_gate, Tens
                                   d_mixed + 2 * wide};
     const NetworkBackwardArgs<T> args{network_args(s, packed, x, task), modules, const_data<T>(activations),
                                       const_data<T>(d_out), to_gate ? const_data<T>(*to_gate) : nullptr, d_mixed,
-                                      to_x ? data<T>(d_x) : nullptr};
+                                      to_x ? data<T>(d_x) : nullptr, n_back, first_to_x};
     std::vector<Gradient<T>> gradients;
     int64_t per_row = 0;  // multiply-adds of a row without the modules
     for (size_t i = 0; i < parameters.size(); ++i) {
@@ -265,14 +291,18 @@ Tensor routed_network_backward(Tensor d_out, std::optional<Tensor> to_gate, Tens
       gradients.push_back({to_parameters ? data<T>(d_parameters[i]) : nullptr, per_net});
       if (i != 2 * kModules) per_row += per_net;
     }
-    const auto cost = [&](int64_t row) {
-      return per_row + m.width * m.width * count_lines(modules.active[row], m.n_modules);
+    const auto cost = [&](int64_t net, int64_t row) {
+      const int64_t products = to_parameters && row < n_learning ? 2 : 1;
+      return products * (per_row + m.width * m.width * count_lines(modules.active[net * m.n_rows + row], m.n_modules));
     };
-    sum_over_rows(m.n_nets, m.n_rows, gradients, cost, [&](int64_t net, int64_t first, int64_t n_rows, T* const* sums) {
-      kernel.network_backward(args, net, first, n_rows, sums);
-    });
+    const auto run = [&](int64_t net, int64_t first, int64_t n_rows, T* const* sums) {
+      const int64_t before = std::clamp<int64_t>(first_to_x - first, 0, n_rows);
+      if (before > 0) kernel.network_backward(args, net, first, before, sums);
+      if (before < n_rows) kernel.network_backward(args, net, first + before, n_rows - before, sums);
+    };
+    sum_over_rows(m.n_nets, n_back, n_learning, gradients, cost, run);
   });
-  return to_x ? sum_over_nets(d_x) : d_x;
+  return to_x ? sum_over_nets(d_x) : fresh(x, {0, s.n_in});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {

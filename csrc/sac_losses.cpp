@@ -35,9 +35,12 @@ std::tuple<Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor target_q, Tensor 
   with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
     const T* log_alpha_of = const_data<T>(log_alpha);
-    const auto q_at = [&](int64_t e, int64_t row) { return const_data<T>(q)[e * 2 * n_rows + row]; };
-    const auto frozen_at = [&](int64_t e, int64_t row) { return q_at(e, n_rows + row); };
-    const auto target_at = [&](int64_t e, int64_t row) { return const_data<T>(target_q)[e * n_rows + row]; };
+    const T *q_of = const_data<T>(q), *target_of = const_data<T>(target_q), *logp_of = const_data<T>(logp);
+    const T *reward_of = const_data<T>(reward), *terminal_of = const_data<T>(terminal);
+    T *d_q_of = data<T>(d_q), *d_logp_of = data<T>(d_logp), *d_log_alpha_of = data<T>(d_log_alpha);
+    const auto q_at = [=](int64_t e, int64_t row) { return q_of[e * 2 * n_rows + row]; };
+    const auto frozen_at = [=](int64_t e, int64_t row) { return q_at(e, n_rows + row); };
+    const auto target_at = [=](int64_t e, int64_t row) { return target_of[e * n_rows + row]; };
     T least = log_alpha_of[0], sum = 0;
     for (int64_t t = 1; t < n_tasks; ++t) least = std::min(least, log_alpha_of[t]);
     for (int64_t t = 0; t < n_tasks; ++t) sum += std::exp(least - log_alpha_of[t]);
@@ -53,15 +56,15 @@ std::tuple<Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor target_q, Tensor 
           best = smaller(best, frozen_at(e, row));
           next = smaller(next, target_at(e, row));
         }
-        const T own_logp = const_data<T>(logp)[row];
-        const T y = const_data<T>(reward)[row] +
-                    T(gamma) * (1 - const_data<T>(terminal)[row]) * (next - alpha * const_data<T>(logp)[n_rows + row]);
+        const T own_logp = logp_of[row];
+        const T y = reward_of[row] +
+                    T(gamma) * (1 - terminal_of[row]) * (next - alpha * logp_of[n_rows + row]);
         sum_logp += own_logp;
         actor += weight * (alpha * own_logp - best);
         for (int64_t e = 0; e < n_nets; ++e) {
           const T error = q_at(e, row) - y;
           critic += weight * error * error;
-          data<T>(d_q)[e * 2 * n_rows + row] = 2 * weight * error;
+          d_q_of[e * 2 * n_rows + row] = 2 * weight * error;
         }
       }
       const T mean_logp = sum_logp * mean;
@@ -74,15 +77,15 @@ std::tuple<Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor target_q, Tensor 
       loss[5 * n_tasks] = alpha;
       // The mean over tasks divides by all of them; what is left out counts as zero.
       const T share = kept ? mean / n_tasks : T(0);
-      data<T>(d_log_alpha)[t] = kept ? -(mean_logp + T(target_entropy)) / n_tasks : T(0);
+      d_log_alpha_of[t] = kept ? -(mean_logp + T(target_entropy)) / n_tasks : T(0);
       for (int64_t row = t * per_task; row < (t + 1) * per_task; ++row) {
-        data<T>(d_logp)[row] = kept ? share * weight * alpha : T(0);
+        d_logp_of[row] = kept ? share * weight * alpha : T(0);
         T best = frozen_at(0, row);
         for (int64_t e = 1; e < n_nets; ++e) best = smaller(best, frozen_at(e, row));
         int64_t n_best = 0;
         for (int64_t e = 0; e < n_nets; ++e) n_best += frozen_at(e, row) == best;
         for (int64_t e = 0; e < n_nets; ++e) {
-          T* d = data<T>(d_q) + e * 2 * n_rows + row;
+          T* d = d_q_of + e * 2 * n_rows + row;
           d[0] = kept ? d[0] * share : T(0);
           // Equal ones share the gradient.
           d[n_rows] = kept && frozen_at(e, row) == best ? -share * weight / n_best : T(0);

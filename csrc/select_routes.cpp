@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_routes(Tensor logits, std::opt
     const Kernels<T>& kernel = kernels<T>();
     for_each_row_block(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
       const int64_t row = net * s.n_rows + first, slot = row * s.n_modules * s.n_kept;
-      if (!given_routes.take(row, n_rows)) return;
+      if (!given_routes.take(row, n_rows, row)) return;
       const RouteArgs<T> args{{s.n_modules, s.n_kept},
                               const_data<T>(logits) + row * n_logits(s),
                               noise ? const_data<T>(*temperature) + first : nullptr,

@@ -45,16 +45,17 @@ Tensor squashed_normal(Tensor out, Tensor noise, Tensor action) {
   Tensor logp = torch::stable::new_empty(out, {s.n_rows});
   with_dtype(out, [&](auto zero) {
     using T = decltype(zero);
-    for_rows(s.n_rows, [&](int64_t row) {
-      const T *mean = const_data<T>(out) + row * 2 * s.n_actions, *raw = mean + s.n_actions;
-      const T* n = const_data<T>(noise) + row * s.n_actions;
-      T *a = data<T>(action) + row * stride, sum = 0;
+    const T *out_of = const_data<T>(out), *noise_of = const_data<T>(noise);
+    T *action_of = data<T>(action), *logp_of = data<T>(logp);
+    for_rows(s.n_rows, [=](int64_t row) {
+      const T *mean = out_of + row * 2 * s.n_actions, *raw = mean + s.n_actions, *n = noise_of + row * s.n_actions;
+      T *a = action_of + row * stride, sum = 0;
       for (int64_t j = 0; j < s.n_actions; ++j) {
         const T log_std = std::clamp(raw[j], T(kLeastLogStd), T(kMostLogStd));
         a[j] = std::tanh(mean[j] + std::exp(log_std) * n[j]);
         sum += T(-0.5) * n[j] * n[j] - log_std - T(0.5 * std::log(2 * std::numbers::pi)) - std::log(1 - a[j] * a[j] + T(kEdge));
       }
-      data<T>(logp)[row] = sum;
+      logp_of[row] = sum;
     });
   });
   return logp;
@@ -69,11 +70,14 @@ Tensor squashed_normal_backward(Tensor d_action, Tensor d_logp, Tensor out, Tens
   Tensor d_out = torch::stable::empty_like(out);
   with_dtype(out, [&](auto zero) {
     using T = decltype(zero);
-    for_rows(s.n_rows, [&](int64_t row) {
-      const T *raw = const_data<T>(out) + (2 * row + 1) * s.n_actions, *n = const_data<T>(noise) + row * s.n_actions;
-      const T *a = const_data<T>(action) + row * stride, *d_a = const_data<T>(d_action) + row * d_stride;
-      T *d_mean = data<T>(d_out) + row * 2 * s.n_actions, *d_raw = d_mean + s.n_actions;
-      const T d_sum = const_data<T>(d_logp)[row];
+    const T *out_of = const_data<T>(out), *noise_of = const_data<T>(noise), *action_of = const_data<T>(action);
+    const T *d_action_of = const_data<T>(d_action), *d_logp_of = const_data<T>(d_logp);
+    T* d_out_of = data<T>(d_out);
+    for_rows(s.n_rows, [=](int64_t row) {
+      const T *raw = out_of + (2 * row + 1) * s.n_actions, *n = noise_of + row * s.n_actions;
+      const T *a = action_of + row * stride, *d_a = d_action_of + row * d_stride;
+      T *d_mean = d_out_of + row * 2 * s.n_actions, *d_raw = d_mean + s.n_actions;
+      const T d_sum = d_logp_of[row];
       for (int64_t j = 0; j < s.n_actions; ++j) {
         const T slope = 1 - a[j] * a[j];
         d_mean[j] = (d_a[j] + d_sum * 2 * a[j] / (slope + T(kEdge))) * slope;

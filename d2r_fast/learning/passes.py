@@ -91,35 +91,23 @@ def _rows_of(choice: RouteChoice) -> int:
 
 
 class _Whole:
-    """On the CPU: one call each way for either kind of rows."""
+    """On the CPU: one call each way."""
 
     def __init__(self, network: Network, x: Tensor, tasks: RowTasks, choice: RouteChoice, n_back: int):
         self._network, self._x, self._task, self._n_chosen = network, x, tasks.index, _rows_of(choice)
-        n = self._n_chosen
-        parts = [self._run(0, n, choice, n_back > 0)] if n else []
-        parts += [self._run(n, len(x), GREEDY, n_back > n)] if n < len(x) else []
-        self.out = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts], 1)
-        self._saved = [part[1:] for part in parts]
-
-    def _run(self, begin: int, end: int, choice: RouteChoice, keep: bool) -> tuple[Tensor, ...]:
-        net = self._network.net
-        cfg = net.cfg
-        inputs: list[Any] = [self._x[begin:end], self._task[begin:end], choice.temperature, choice.noise, choice.index]
-        inputs += [cfg.top_k, cfg.residual, cfg.resrouting and net.training, cfg.precision, keep]
-        return forward(*inputs, self._network.parameters)
-
-    def _back(self, begin: int, end: int, d_out: Tensor, saved: tuple[Tensor, ...], gradients: list[Tensor]) -> Tensor:
-        cfg = self._network.net.cfg
-        inputs: list[Any] = [d_out, None, self._x[begin:end], self._task[begin:end], self._network.parameters, *saved]
-        return backward(*inputs, cfg.residual, cfg.precision, not gradients, gradients)
+        cfg = network.net.cfg
+        self.out, *self._saved = forward(
+            *(x, tasks.index, choice.temperature, choice.noise, choice.index, cfg.top_k, cfg.residual),
+            *(cfg.resrouting and network.net.training, cfg.precision, n_back, network.parameters),
+        )
 
     def backward(self, d_out: Tensor) -> Tensor | None:
-        n = self._n_chosen
-        if n:
-            self._back(0, n, d_out[:, :n], self._saved[0], self._network.gradients)
-        if d_out.shape[1] == n:
-            return None
-        return self._back(n, d_out.shape[1], d_out[:, n:], self._saved[-1], [])
+        network, cfg, n = self._network, self._network.net.cfg, self._n_chosen
+        d_x: Tensor = backward(
+            *(d_out, None, self._x, self._task, network.parameters, *self._saved),
+            *(cfg.residual, cfg.precision, n, n, network.gradients),
+        )
+        return d_x if d_out.shape[1] > n else None
 
 
 _split_base, _split_base_backward = launcher("layers", "split_base"), launcher("layers", "split_base_backward")

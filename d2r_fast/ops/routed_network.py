@@ -61,8 +61,9 @@ def routed_network(
     logits_shape = (n_nets, len(x), n_modules * (n_modules + 1) // 2)
     check_select_arguments(logits_shape, x.device, k, mode, temperature, noise, index)
     keep = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
+    n_back = len(x) if keep else 0
     out, gate, chosen, flow, active, *_ = _run(
-        "cpp", x, task, temperature, noise, index, k, residual, resrouting, precision, keep, list(parameters)
+        "cpp", x, task, temperature, noise, index, k, residual, resrouting, precision, n_back, list(parameters)
     )
     return out, Routes(chosen, gate, flow, active)
 
@@ -103,10 +104,10 @@ def saved_shapes(x: Tensor, parameters: Sequence[Tensor], keep: bool) -> tuple[i
 
 
 def _shapes(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    k, keep, parameters = rest[4], rest[8], rest[9]
+    k, n_back, parameters = rest[4], rest[8], rest[9]
     rows = parameters[0].shape[0], x.shape[0]
     shape = (*rows, parameters[MODULES].shape[1] + 1, k)
-    n_activations, kept_shape = saved_shapes(x, parameters, keep)
+    n_activations, kept_shape = saved_shapes(x, parameters, n_back > 0)
     return (
         x.new_empty(*rows, parameters[HEAD].shape[1]),
         x.new_empty(shape),
@@ -120,25 +121,26 @@ def _shapes(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _gradient_shape(d_out: Tensor, to_gate: Tensor | None, x: Tensor, *rest: Any) -> Tensor:
-    to_x = rest[-2]
-    return x.new_empty(x.shape if to_x else 0)
+    return x.new_empty(d_out.shape[1] - rest[-2], x.shape[1])
 
 
-# gate, index, flow and active are those of `Routes`; what backward needs, empty unless `keep`: the layers'
-# activations, h and opened as in `routed_modules`.
+# The first rows of each network route by noise or `given`, as many as these have; the rest is greedy. gate, index, flow
+# and active are those of `Routes`; what backward needs of the first `n_back` rows, empty if there are none: the layers'
+# activations, h and opened as in `routed_modules`. n_back: 0, the rows that were chosen for, or all.
 _forward = define(
     "routed_network(Tensor x, Tensor task, Tensor? temperature, Tensor? noise, Tensor? given, int k, bool residual, "
-    "bool resrouting, str precision, bool keep, Tensor[] parameters) -> (Tensor out, Tensor gate, Tensor index, "
+    "bool resrouting, str precision, int n_back, Tensor[] parameters) -> (Tensor out, Tensor gate, Tensor index, "
     "Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened)",
     None,
     _shapes,
 )
-# d_x [B,n_in], empty unless `to_x`. d_parameters, a tensor for each parameter or none, is where their gradients are
-# written. to_gate [E,B,N,K]: gradient that reaches `gate` by another way than `out`; None: nothing does.
+# d_out [E,n,n_out] of the first n rows. Returns d_x [n-first_to_x,n_in] of the rows from first_to_x on. d_parameters, a
+# tensor for each parameter or none, is where their gradients are written, of the first `n_learning` rows. to_gate
+# [E,B,N,K]: gradient that reaches `gate` by another way than `out`; None: nothing does.
 _backward = define(
     "routed_network_backward(Tensor d_out, Tensor? to_gate, Tensor x, Tensor task, Tensor[] parameters, Tensor gate, "
     "Tensor index, Tensor flow, Tensor active, Tensor activations, Tensor h, Tensor opened, bool residual, "
-    "str precision, bool to_x, Tensor(a!)[] d_parameters) -> Tensor",
+    "str precision, int n_learning, int first_to_x, Tensor(a!)[] d_parameters) -> Tensor",
     None,
     _gradient_shape,
 )
@@ -165,7 +167,8 @@ def _differentiate(backward: Run, ctx: Any, d_out: Tensor | None, to_gate: Tenso
         d_out = x.new_zeros(len(parameters[0]), len(x), parameters[HEAD].shape[1])
     to_x = ctx.needs_input_grad[0]
     d_parameters = [p.new_empty(p.shape) for p in parameters] if ctx.to_parameters else []
-    d_x = backward(d_out, to_gate, x, task, parameters, *kept, ctx.residual, ctx.precision, to_x, d_parameters)
+    rows = len(x), 0 if to_x else len(x)
+    d_x = backward(d_out, to_gate, x, task, parameters, *kept, ctx.residual, ctx.precision, *rows, d_parameters)
     return d_x if to_x else None, *(None,) * 9, d_parameters or nothing
 
 

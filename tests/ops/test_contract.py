@@ -72,11 +72,11 @@ def test_whoever_wants_no_graph_gets_none_and_the_same_numbers():
     out, routes = routed_network(x, task, parameters, 2)
     cotangent = torch.randn_like(out)
     expected = torch.autograd.grad(out, parameters, cotangent)
-    bare, *saved = forward(x, task, None, None, None, 2, True, True, "float32", True, parameters)
+    bare, *saved = forward(x, task, None, None, None, 2, True, True, "float32", 7, parameters)
     assert out.requires_grad and not bare.requires_grad and torch.equal(out, bare)
     assert torch.equal(routes.index, saved[1])
     d_parameters = [torch.full_like(p, torch.nan) for p in parameters]
-    d_x = backward(cotangent, None, x, task, parameters, *saved, True, "float32", True, d_parameters)
+    d_x = backward(cotangent, None, x, task, parameters, *saved, True, "float32", 7, 0, d_parameters)
     assert d_x.shape == x.shape and not d_x.requires_grad
     for ours, theirs in zip(d_parameters, expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -98,7 +98,7 @@ def test_the_operation_itself_has_the_gradient_of_the_public_function():
         ),
         (
             routed_network(x, task, parameters, 2)[0],
-            ops.routed_network(x, task, None, None, None, 2, True, True, "float32", True, parameters)[0],
+            ops.routed_network(x, task, None, None, None, 2, True, True, "float32", 7, parameters)[0],
         ),
     ]
     leaves = [*parameters, logits, h0, gate]

@@ -14,7 +14,7 @@ from d2r_fast.ops import routed_network
 from d2r_fast.ops.backends import INTERPRETED, availability
 from d2r_fast.ops.cpp.library import instruction_sets, use_instruction_set
 from d2r_fast.ops.gumbel import gumbel
-from d2r_fast.ops.routed_network import saved_shapes
+from d2r_fast.ops.routed_network import backward, forward, saved_shapes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 on_every_instruction_set = pytest.mark.parametrize("backend", cpp_backends(), indirect=True)
@@ -237,14 +237,54 @@ def test_opcheck(mode):
     x, task = make_rows(20)
     _, temperature, noise, index = make_choice(mode, 2, 20, net.cfg)
     parameters = [p.detach().clone().requires_grad_() for p in net.in_order()]
-    arguments = (x.requires_grad_(), task, temperature, noise, index, 6, True, True, "float32", True, parameters)
+    arguments = (x.requires_grad_(), task, temperature, noise, index, 6, True, True, "float32", 20, parameters)
     torch.library.opcheck(torch.ops.d2r_fast.routed_network.default, arguments)
     x, parameters = x.detach(), [p.detach() for p in parameters]
     out, *saved = torch.ops.d2r_fast.routed_network(x, task, temperature, noise, index, *arguments[5:-1], parameters)
     for d_parameters in ([torch.empty_like(p) for p in parameters], []):
-        wanted = (not d_parameters, d_parameters)
+        wanted = (20, 20, d_parameters) if d_parameters else (0, 0, d_parameters)
         arguments = (out, None, x, task, parameters, *saved, True, "float32", *wanted)
         torch.library.opcheck(torch.ops.d2r_fast.routed_network_backward.default, arguments)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("backend", cpp_backends(), indirect=True)
+@pytest.mark.parametrize("mode", ["sampled", "given"])
+@pytest.mark.parametrize("n_rows", [190, 90], ids=["some_greedy", "all_chosen"])
+def test_two_kinds_of_rows_in_one_call(backend, mode, n_rows, threads):
+    """The first 90 rows go the chosen routes and give the parameters their gradient; it passes the rest on to x."""
+    net = twin(make_net(2), backend)
+    x, task = make_rows(n_rows)
+    _, *choice = make_choice(mode, 2, 90, net.cfg)
+    parameters = [p.detach() for p in net.in_order()]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+    def run(rows, choice, n_back):
+        settings = (net.cfg.top_k, True, True, "float32", n_back, parameters)
+        return forward(x[rows], task[rows], *choice, *settings)
+
+    def back(d_out, rows, saved, n_learning, first_to_x, gradients):
+        settings = (True, "float32", n_learning, first_to_x, gradients)
+        return backward(d_out, None, x[rows], task[rows], parameters, *saved, *settings)
+
+    nothing, every, first, rest = (None, None, None), slice(None), slice(90), slice(90, None)
+    out, *saved = run(every, choice, n_rows)
+    parts = [run(first, choice, 90), run(rest, nothing, n_rows - 90)]
+    for ours, *theirs in zip([out, *saved[:4]], *parts, strict=False):
+        assert torch.equal(ours, torch.cat(theirs, 1))
+    d_out = torch.randn_like(out)
+    ours, theirs = ([torch.full_like(p, torch.nan) for p in parameters] for _ in range(2))
+    d_x = back(d_out, every, saved, 90, 90, ours)
+    back(d_out[:, :90], first, parts[0][1:], 90, 90, theirs)
+    expected = back(d_out[:, 90:], rest, parts[1][1:], 0, 0, [])
+    only_first = [torch.full_like(p, torch.nan) for p in parameters]
+    nowhere = back(d_out[:, :90], every, run(every, choice, 90)[1:], 90, 90, only_first)
+    torch.set_num_threads(before)
+    assert torch.equal(d_x, expected) and nowhere.shape == (0, x.shape[1])
+    for gradients in (ours, only_first):
+        for a, b in zip(gradients, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 def test_compiles_without_a_graph_break():
