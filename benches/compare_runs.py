@@ -1,11 +1,13 @@
 """Success, wall time and rates of training runs, one row a run; and whether two groups of them learn the same.
 
     python benches/compare_runs.py RUN [RUN ...] [--json FILE]
-    python benches/compare_runs.py --reference RUN [RUN ...] --fast RUN [RUN ...] [--json FILE] [--plots FOLDER]
+    python benches/compare_runs.py --reference RUN [RUN ...] --fast RUN [RUN ...] [--until STEPS] [--json FILE]
+                                    [--plots FOLDER]
 
 A RUN is the directory of a finished run. The groups are seeds of one configuration, run in two ways: other backends,
 devices, precisions. Two measures, of the mean over tasks and of every task: success in the last evaluation, and the
-area under success over steps, which one lucky or unlucky evaluation hardly moves.
+area under success over steps, which one lucky or unlucky evaluation hardly moves. `--until` holds runs of different
+length against each other over the steps that they share.
 
 Intervals are the percentiles 2.5 and 97.5 of means over runs drawn with replacement, each group by itself for their
 difference. With few seeds they are too narrow: of 2,000 simulated groups of five (normal values, or rates near 1 with a
@@ -63,14 +65,14 @@ def compare(reference: np.ndarray, fast: np.ndarray, names: tuple[str, ...]) -> 
     return table, "overlap" if difference["low"] <= 0 <= difference["high"] else "differ"
 
 
-def compare_groups(reference: list[Run], fast: list[Run]) -> dict[str, Any]:
+def compare_groups(reference: list[Run], fast: list[Run], until: int | None = None) -> dict[str, Any]:
     """Both measures of both groups, times beside them. ValueError: they cannot be compared."""
     for group in (reference, fast):
         paths = [run.path.resolve() for run in group]
         twice = next((path for path in paths if paths.count(path) > 1), None)
         if twice:
             raise ValueError(f"{twice}: named twice in a group, where it would count as two seeds")
-    check_alike([*reference, *fast])
+    check_alike([*reference, *fast], until)
     groups = {"reference": reference, "fast": fast}
     names = ("mean", *reference[0].cfg.task_names)
     result: dict[str, Any] = {"seeds": {name: [run.cfg.seed for run in group] for name, group in groups.items()}}
@@ -136,6 +138,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--reference", nargs="+", type=Path, default=[], metavar="RUN", help="one group of runs")
     parser.add_argument("--fast", nargs="+", type=Path, default=[], metavar="RUN", help="the group to hold against it")
+    parser.add_argument("--until", type=int, metavar="STEPS", help="look at the first so many steps a task of each run")
     parser.add_argument("--json", type=Path, help="write rows and comparison here")
     parser.add_argument("--plots", type=Path, help="folder for the picture of the two groups")
     args = parser.parse_args()
@@ -146,8 +149,8 @@ def main() -> None:
         parser.error("--plots: expected two groups")
     paths = {"reference": args.reference, "fast": args.fast} if two else {"": args.runs}
     try:
-        groups = {name: [read_run(path) for path in group] for name, group in paths.items()}
-        comparison = {"comparison": compare_groups(groups["reference"], groups["fast"])} if two else {}
+        groups = {name: [read_run(path, args.until) for path in group] for name, group in paths.items()}
+        comparison = {"comparison": compare_groups(groups["reference"], groups["fast"], args.until)} if two else {}
     except ValueError as error:
         sys.exit(str(error))
     rows = [({"group": name} if two else {}) | row(run) for name, group in groups.items() for run in group]

@@ -48,8 +48,11 @@ class Run(NamedTuple):
         return area(self.steps, self.success())  # [1+T]
 
 
-def read_run(path: Path) -> Run:
-    """ValueError: not a run, or one that is not finished."""
+def read_run(path: Path, until: int | None = None) -> Run:
+    """A run as it was after `until` steps a task; None: at its end.
+
+    ValueError: not a run, one that is not finished, or without evaluations by then.
+    """
     cfg = load_config(str(path / "config.json"))
     try:
         evals, train = read_metrics(path, "eval"), read_metrics(path, "train")
@@ -60,6 +63,10 @@ def read_run(path: Path) -> Run:
     last_step = cfg.warmup_steps + cfg.total_steps
     if evals[-1]["steps"] != last_step:
         raise ValueError(f"{path}: not finished: last evaluation at step {evals[-1]['steps']:,} of {last_step:,}")
+    if until is not None:
+        evals = [record for record in evals if record["steps"] <= until]
+        if not evals:
+            raise ValueError(f"{path}: no evaluation within its first {until:,} steps a task")
     if len(evals) == 1:
         raise ValueError(f"{path}: one evaluation alone has no area; eval.every_chunks makes more")
     resumed = any(later["time"]["wall"] < earlier["time"]["wall"] for earlier, later in pairwise(train))
@@ -67,21 +74,24 @@ def read_run(path: Path) -> Run:
     return Run(path, cfg, written, evals, resumed)
 
 
-def learning_settings(cfg: RunConfig) -> dict[str, Any]:
-    """What decides what a run learns, by the names that the command line gives it."""
+def learning_settings(cfg: RunConfig, until: int | None = None) -> dict[str, Any]:
+    """What decides what a run learns in its first `until` steps a task, by the names that the command line gives it."""
     flat: dict[str, Any] = {}
     for name, value in asdict(cfg).items():
         flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    if until is not None:  # nothing follows a schedule that ends with the run
+        del flat["total_steps"]
     # A replay that never fills is as large as any other one that never fills.
-    flat["replay_capacity"] = min(cfg.replay_capacity, (cfg.warmup_steps + cfg.total_steps) * cfg.n_tasks)
+    n_steps = cfg.warmup_steps + cfg.total_steps if until is None else until
+    flat["replay_capacity"] = min(cfg.replay_capacity, n_steps * cfg.n_tasks)
     return {name: value for name, value in flat.items() if name not in FREE}
 
 
-def check_alike(runs: list[Run]) -> None:
+def check_alike(runs: list[Run], until: int | None = None) -> None:
     """ValueError: they do not learn the same task in the same way, or were not evaluated at the same steps."""
-    first, settings = runs[0], learning_settings(runs[0].cfg)
+    first, settings = runs[0], learning_settings(runs[0].cfg, until)
     for run in runs[1:]:
-        mine = learning_settings(run.cfg)
+        mine = learning_settings(run.cfg, until)
         others = [f"{name} {settings[name]} and {value}" for name, value in mine.items() if settings[name] != value]
         if others:
             more = f", and {len(others) - 4} more" if len(others) > 4 else ""

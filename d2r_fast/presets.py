@@ -110,7 +110,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             net=_QUICK_NETS[NetConfig.kind],
             sac=SacConfig(gamma=0.98, actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, init_alpha=0.003),
             eval=EvalConfig(every_chunks=10),
-            total_steps=60_000,
+            total_steps=72_000,
             warmup_steps=4_200,
             chunk_steps=600,
             updates_per_step=0.5,

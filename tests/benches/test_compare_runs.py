@@ -167,6 +167,19 @@ def test_runs_evaluated_at_other_steps_are_refused(tmp_path):
         compare_groups(*([read_run(run)] for run in runs))
 
 
+def test_runs_of_other_lengths_are_compared_over_what_they_share(tmp_path):
+    longer = replace(RUN, total_steps=RUN.total_steps + 50)
+    curve = [*CURVE, [1, 1]]
+    run = write_run(tmp_path / "longer", curve, steps=(*STEPS, 150), cfg=longer, walls=(60, 120, 180, 240))
+    short, long = read_run(write_run(tmp_path / "short", CURVE)), read_run(run, until=STEPS[-1])
+    with pytest.raises(ValueError, match="total_steps 80 and 130"):
+        compare_groups([short], [long])
+    difference = compare_groups([short], [long], until=STEPS[-1])["area"]["table"]["mean"]["difference"]
+    assert difference["mean"] == 0
+    with pytest.raises(ValueError, match="no evaluation within its first 49 steps"):
+        read_run(run, until=49)
+
+
 def test_a_run_named_twice_is_refused(tmp_path):
     run = read_run(write_run(tmp_path / "a", CURVE))
     with pytest.raises(ValueError, match="named twice"):
