@@ -420,7 +420,8 @@ def test_the_operations_run_these_kernels_and_can_be_captured(monkeypatch):
     n_tasks, per_task = 4, 33
     rows = rows_case(n_tasks, 50, per_task)
     size = torch.tensor(50, device="cuda")
-    out, noise, _ = policy_case(n_tasks * per_task, 3, torch.float32)
+    b = n_tasks * per_task
+    out, noise, _ = policy_case(2 * b, 3, torch.float32)  # at obs, then at next_obs
     losses = losses_case(n_tasks, per_task, 2, torch.float32)
     step = step_case([[40_001, 37], [9_984, 30, 1]], torch.float32)
     uniform = torch.rand(10_000, device="cuda")
@@ -429,10 +430,10 @@ def test_the_operations_run_these_kernels_and_can_be_captured(monkeypatch):
         noised = uniform.clone()
         torch.ops.d2r_fast.gumbel_(noised)
         x, reward, terminal, _ = rows_op.replay_rows(*rows, size)
-        action = x[1][:, 7:]
+        action = x[1:].flatten(0, 1)[:, 7:]
         logp = normal_op.squash(out, noise, action)
-        made = losses_op.sac_losses(*losses[:3], logp, losses[4], reward, terminal, *losses[7:])
-        d_out = normal_op.squash_backward(action, made[3], out, noise, action)
+        made = losses_op.sac_losses(*losses[:2], logp, reward, terminal, *losses[5:])
+        d_out = normal_op.squash_backward(action[:b], made[2], out[:b], noise[:b], action[:b])
         norms = step_op.optimiser_step(*step)
         return [noised, x, d_out, *made, norms]
 
@@ -447,7 +448,7 @@ def test_the_operations_run_these_kernels_and_can_be_captured(monkeypatch):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = run()
-    inputs = [uniform, rows[6], size, out, noise, *losses[:8], step[1], *state]
+    inputs = [uniform, rows[6], size, out, noise, *losses[:6], step[1], *state]
     for _ in range(3):
         for value in (uniform, rows[6], out, noise, step[1]):
             value.copy_(torch.rand_like(value))
