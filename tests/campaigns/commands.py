@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["d2r_fast.cli"])
+_context.set_forkserver_preload(["d2r_fast.commands.train", "d2r_fast.commands.eval"])
 
 PATIENCE = 900.0
 """Seconds after which a command of a second hangs, also where others use the machine."""
