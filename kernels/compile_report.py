@@ -22,7 +22,6 @@ import triton
 from d2r_fast.kernels import ensemble_linear, optimiser_step
 from d2r_fast.kernels.gumbel import LAUNCH as GUMBEL_LAUNCH
 from d2r_fast.kernels.gumbel import gumbel_kernel
-from d2r_fast.kernels.replay_rows import replay_rows_kernel, rows_launch
 from d2r_fast.kernels.layers import (
     BIAS_LAUNCH,
     ELEMENTS_LAUNCH,
@@ -30,6 +29,7 @@ from d2r_fast.kernels.layers import (
     split_base_bwd_kernel,
     split_base_kernel,
 )
+from d2r_fast.kernels.replay_rows import replay_rows_kernel, rows_launch
 from d2r_fast.kernels.routed_modules import routed_modules_bwd_kernel, routed_modules_fwd_kernel
 from d2r_fast.kernels.sac_losses import losses_launch, sac_losses_kernel
 from d2r_fast.kernels.select_routes import route_launch, select_routes_bwd_kernel, select_routes_fwd_kernel

@@ -4,6 +4,7 @@
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -165,7 +166,7 @@ def _plan(segments: bytes, n: int, n_networks: int, device: torch.device) -> Pla
         if not (0 <= begin <= end <= n and 0 <= network < n_networks):
             raise ValueError(f"segments[{i}]: expected begin, end within 0..{n} and a network below {n_networks}")
         cuts = [begin, *range((begin // PIECE + 1) * PIECE, end, PIECE), end]
-        of_networks[network] += [piece for piece in zip(cuts, cuts[1:], strict=False) if piece[0] < piece[1]]
+        of_networks[network] += [piece for piece in pairwise(cuts) if piece[0] < piece[1]]
     rows: list[tuple[int, ...]] = []
     for network, pieces in enumerate(of_networks):
         pieces = pieces or [(0, 0)]  # a network without parameters still has a norm, 0

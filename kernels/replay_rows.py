@@ -1,4 +1,4 @@
-"""The rows of a batch out of the replay's storage, in one launch (`d2r_fast.ops.replay_rows` is contract and oracle)."""
+"""The rows of a batch out of the replay's storage, in one launch (contract and oracle: `d2r_fast.ops.replay_rows`)."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ BLOCK_NUMBERS = 512  # of x: at the published sizes 8 rows a program, 160 progra
 def replay_rows_kernel(
     obs_ptr, action_ptr, reward_ptr, ended_ptr, next_obs_ptr, route_ptr, share_ptr, size_ptr,
     x_ptr, rewards_ptr, terminals_ptr, routes_ptr, n_rows, per_task, stored,
-    O: tl.constexpr, A: tl.constexpr, ROUTE: tl.constexpr,
+    N_OBS: tl.constexpr, A: tl.constexpr, ROUTE: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_ROUTE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_ROWS),); a program owns all fields of its rows.
@@ -34,13 +34,13 @@ def replay_rows_kernel(
     row = row.to(tl.int64)
 
     col = tl.arange(0, BLOCK_X)[None, :]
-    is_obs = exists[:, None] & (col < O)
-    is_action = exists[:, None] & (col >= O) & (col < O + A)
-    obs = tl.load(obs_ptr + (source * O)[:, None] + col, mask=is_obs, other=0.0)
-    action = tl.load(action_ptr + (source * A)[:, None] + col - O, mask=is_action, other=0.0)
-    next_obs = tl.load(next_obs_ptr + (source * O)[:, None] + col, mask=is_obs, other=0.0)
-    at = (row * (O + A))[:, None] + col
-    plane = tl.cast(n_rows, tl.int64) * (O + A)
+    is_obs = exists[:, None] & (col < N_OBS)
+    is_action = exists[:, None] & (col >= N_OBS) & (col < N_OBS + A)
+    obs = tl.load(obs_ptr + (source * N_OBS)[:, None] + col, mask=is_obs, other=0.0)
+    action = tl.load(action_ptr + (source * A)[:, None] + col - N_OBS, mask=is_action, other=0.0)
+    next_obs = tl.load(next_obs_ptr + (source * N_OBS)[:, None] + col, mask=is_obs, other=0.0)
+    at = (row * (N_OBS + A))[:, None] + col
+    plane = tl.cast(n_rows, tl.int64) * (N_OBS + A)
     tl.store(x_ptr + at, tl.where(is_obs, obs, action), mask=is_obs | is_action)
     tl.store(x_ptr + plane + at, obs, mask=is_obs | is_action)  # 0 where the actor's action will go
     tl.store(x_ptr + 2 * plane + at, next_obs, mask=is_obs | is_action)
@@ -60,7 +60,7 @@ def rows_launch(n_obs: int, n_actions: int, route: int) -> dict[str, Any]:
     """Constants and options; `route` is N K, the bytes of a row's routes, 0 where a network has none."""
     block_x = triton.next_power_of_2(n_obs + n_actions)
     return {
-        "O": n_obs,
+        "N_OBS": n_obs,
         "A": n_actions,
         "ROUTE": route,
         "BLOCK_X": block_x,

@@ -14,8 +14,9 @@ import triton.language as tl
 from d2r_fast.kernels.settings import check_dtype, packed, walk_launch
 from d2r_fast.kernels.tiles import mix_sources, product, sum_products, tile_rows
 from d2r_fast.kernels.weight_gradient import weight_gradient
-from d2r_fast.ops.select_routes import Routes
 from torch import Tensor
+
+from d2r_fast.ops.select_routes import Routes
 
 # Sorting rows by their active modules lets a tile skip more, and costs launches of its own. Up to about two tiles a
 # multiprocessor (132 on an H100 or H200) all tiles run at once and the slowest, which skips least, decides the time.

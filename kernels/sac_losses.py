@@ -15,8 +15,8 @@ MOST_ROWS = 512  # of a task at once: 4 a thread
 def sac_losses_kernel(
     q_ptr, target_q_ptr, logp_ptr, reward_ptr, terminal_ptr, log_alpha_ptr,
     losses_ptr, d_q_ptr, d_logp_ptr, d_log_alpha_ptr, n_tasks,
-    E: tl.constexpr, PER_TASK: tl.constexpr, GAMMA: tl.constexpr, TARGET_ENTROPY: tl.constexpr, MAX_TASK_LOSS: tl.constexpr,
-    WEIGHTED: tl.constexpr, BLOCK_TASKS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    E: tl.constexpr, PER_TASK: tl.constexpr, GAMMA: tl.constexpr, TARGET_ENTROPY: tl.constexpr,
+    MAX_TASK_LOSS: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_TASKS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (T,); a program owns the rows of one task, and looks at log alpha of all for its weight.
 

@@ -8,7 +8,6 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 import triton
 import triton.language as tl
-
 from d2r_fast.kernels import ensemble_linear as linear
 from d2r_fast.kernels.tiles import to_tf32
 
