@@ -47,7 +47,7 @@ Tensor optimiser_step(Tensor values, Tensor gradient, Tensor first, Tensor secon
     check(table[3 * i] >= 0 && table[3 * i] <= table[3 * i + 1] && table[3 * i + 1] <= n && table[3 * i + 2] >= 0 &&
               table[3 * i + 2] < n_networks,
           "segments[", i, "]: expected begin, end within 0..", n, " and a network below ", n_networks);
-  Tensor norms = torch::stable::new_empty(values, {n_networks});
+  Tensor norms = fresh(values, {n_networks});
   const std::vector<Piece> pieces = split_segments(table, n_segments);
   with_dtype(values, [&](auto zero) {
     using T = decltype(zero);

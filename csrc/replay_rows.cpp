@@ -25,9 +25,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> replay_rows(Tensor obs, Tensor action
   check_tensor("size", size, ScalarType::Long, {});
   const int64_t filled = *const_data<int64_t>(size), width = n_obs + n_actions, routes = n_modules * n_kept;
   check(filled >= 1 && filled <= stored, "size: expected 1..", stored, " stored rows a task, got ", filled);
-  Tensor rows = torch::stable::new_empty(obs, {3, n_rows, width});
-  Tensor rewards = torch::stable::new_empty(reward, {n_rows}), terminals = torch::stable::new_empty(reward, {n_rows});
-  Tensor given = torch::stable::new_empty(route, {1, n_rows, n_modules, n_kept});
+  Tensor rows = fresh(obs, {3, n_rows, width});
+  Tensor rewards = fresh(reward, {n_rows}), terminals = fresh(reward, {n_rows});
+  Tensor given = fresh(route, {1, n_rows, n_modules, n_kept});
   const float *obs_of = const_data<float>(obs), *action_of = const_data<float>(action);
   const float *next_obs_of = const_data<float>(next_obs), *reward_of = const_data<float>(reward);
   const bool* terminal_of = const_data<bool>(terminal);

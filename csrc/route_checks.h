@@ -1,4 +1,4 @@
-// Routes that come from outside: what the kernels rely on is looked once, where they enter.
+// Routes that come from outside: what the kernels rely on is looked at once, where they enter.
 #pragma once
 #include <algorithm>
 #include <atomic>

@@ -30,8 +30,8 @@ std::tuple<Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor target_q, Tensor 
   check_tensor("terminal", terminal, real, {n_rows});
   check_tensor("log_alpha", log_alpha, real, {n_tasks});
   check_tensor("d_log_alpha", d_log_alpha, real, {n_tasks});
-  Tensor losses = torch::stable::new_empty(q, {6, n_tasks});
-  Tensor d_q = torch::stable::empty_like(q), d_logp = torch::stable::empty_like(reward);
+  Tensor losses = fresh(q, {6, n_tasks});
+  Tensor d_q = fresh(q, {n_nets, 2 * n_rows}), d_logp = fresh(q, {n_rows});
   with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
     const T* log_alpha_of = const_data<T>(log_alpha);

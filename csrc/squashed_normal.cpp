@@ -42,7 +42,7 @@ void for_rows(int64_t n_rows, const Body& body) {
 Tensor squashed_normal(Tensor out, Tensor noise, Tensor action) {
   const PolicySizes s = policy_sizes(out, noise);
   const int64_t stride = row_stride_of("action", action, out.scalar_type(), s.n_rows, s.n_actions);
-  Tensor logp = torch::stable::new_empty(out, {s.n_rows});
+  Tensor logp = fresh(out, {s.n_rows});
   with_dtype(out, [&](auto zero) {
     using T = decltype(zero);
     const T *out_of = const_data<T>(out), *noise_of = const_data<T>(noise);
@@ -67,7 +67,7 @@ Tensor squashed_normal_backward(Tensor d_action, Tensor d_logp, Tensor out, Tens
   const int64_t stride = row_stride_of("action", action, real, s.n_rows, s.n_actions);
   const int64_t d_stride = row_stride_of("d_action", d_action, real, s.n_rows, s.n_actions);
   check_tensor("d_logp", d_logp, real, {s.n_rows});
-  Tensor d_out = torch::stable::empty_like(out);
+  Tensor d_out = fresh(out, {s.n_rows, 2 * s.n_actions});
   with_dtype(out, [&](auto zero) {
     using T = decltype(zero);
     const T *out_of = const_data<T>(out), *noise_of = const_data<T>(noise), *action_of = const_data<T>(action);

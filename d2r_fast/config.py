@@ -7,14 +7,7 @@ from typing import Literal
 from d2r_fast.envs.fidelity_table import EngineChoice, choose_engines
 from d2r_fast.envs.metaworld import Goals, parse_tasks
 from d2r_fast.nets.d2r import NetConfig
-from d2r_fast.nets.settings import NetConfigBase
-
-INF = float("inf")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from d2r_fast.nets.settings import NetConfigBase, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +39,13 @@ class SacConfig:
     """A task whose summed loss exceeds this is left out of the update, as in D2R and PaCo; None: no limit."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.gamma <= 1, f"sac.gamma: expected 0..1, got {self.gamma}")
-        _require(0 < self.target_rate <= 1, f"sac.target_rate: expected within (0, 1], got {self.target_rate}")
-        _require(0 < self.init_alpha <= 1, f"sac.init_alpha: expected within (0, 1], got {self.init_alpha}")
+        require(0 <= self.gamma <= 1, f"sac.gamma: expected 0..1, got {self.gamma}")
+        require(0 < self.target_rate <= 1, f"sac.target_rate: expected within (0, 1], got {self.target_rate}")
+        require(0 < self.init_alpha <= 1, f"sac.init_alpha: expected within (0, 1], got {self.init_alpha}")
         for name in ("actor_lr", "critic_lr", "alpha_lr", "adam_eps", "max_alpha", "max_grad_norm", "max_task_loss"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < INF, f"sac.{name}: expected a finite number over 0, got {value}")
-        _require(
+            require(value is None or 0 < value < math.inf, f"sac.{name}: expected a finite number over 0, got {value}")
+        require(
             self.max_alpha is None or self.init_alpha <= self.max_alpha,
             f"sac.init_alpha: expected at most max_alpha={self.max_alpha}, got {self.init_alpha}",
         )
@@ -60,15 +53,15 @@ class SacConfig:
     @property
     def max_log_alpha(self) -> float:
         """Infinite without a limit, as the next two."""
-        return INF if self.max_alpha is None else math.log(self.max_alpha)
+        return math.inf if self.max_alpha is None else math.log(self.max_alpha)
 
     @property
     def norm_limit(self) -> float:
-        return INF if self.max_grad_norm is None else self.max_grad_norm
+        return math.inf if self.max_grad_norm is None else self.max_grad_norm
 
     @property
     def loss_limit(self) -> float:
-        return INF if self.max_task_loss is None else self.max_task_loss
+        return math.inf if self.max_task_loss is None else self.max_task_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +82,9 @@ class EnvConfig:
     """Rewards are multiplied by this before they are stored; evaluation reports them unscaled."""
 
     def __post_init__(self) -> None:
-        _require(self.envs_per_task >= 1, f"env.envs_per_task: expected at least 1, got {self.envs_per_task}")
-        _require(1 <= self.episode_length <= 500, f"env.episode_length: expected 1..500, got {self.episode_length}")
-        _require(self.reward_scale > 0, f"env.reward_scale: expected more than 0, got {self.reward_scale}")
+        require(self.envs_per_task >= 1, f"env.envs_per_task: expected at least 1, got {self.envs_per_task}")
+        require(1 <= self.episode_length <= 500, f"env.episode_length: expected 1..500, got {self.episode_length}")
+        require(self.reward_scale > 0, f"env.reward_scale: expected more than 0, got {self.reward_scale}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +100,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         for name in ("every_chunks", "episodes", "envs_per_task"):
-            _require(getattr(self, name) >= 1, f"eval.{name}: expected at least 1, got {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) >= 1, f"eval.{name}: expected at least 1, got {getattr(self, name)}")
+        require(
             self.episodes % self.envs_per_task == 0,
             f"eval.episodes: expected a multiple of eval.envs_per_task={self.envs_per_task}, got {self.episodes}",
         )
@@ -158,34 +151,34 @@ class RunConfig:
     """Save the replay too; without it a resumed run starts with another warm-up."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.name != "" and all(c.isalnum() or c in "-_." for c in self.name),
             f"name: expected letters, digits, '-', '_' or '.', got {self.name!r}",
         )
-        _require(0 <= self.seed < 2**32, f"seed: expected 0..2**32-1, got {self.seed}")
+        require(0 <= self.seed < 2**32, f"seed: expected 0..2**32-1, got {self.seed}")
         for name in ("total_steps", "warmup_steps", "chunk_steps", "batch_size", "checkpoint_every_chunks"):
-            _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
+        require(
             0 < self.updates_per_step < float("inf"),
             f"updates_per_step: expected a finite number over 0, got {self.updates_per_step}",
         )
         n = self.env.envs_per_task
-        _require(
+        require(
             self.chunk_steps % n == 0,
             f"chunk_steps: expected a multiple of env.envs_per_task={n}, got {self.chunk_steps}",
         )
         for name in ("total_steps", "warmup_steps"):
-            _require(
+            require(
                 getattr(self, name) % self.chunk_steps == 0,
                 f"{name}: expected a multiple of chunk_steps={self.chunk_steps}, got {getattr(self, name)}",
             )
         choose_engines(self.task_names, self.env.engine, self.env.goals)  # refuses goals that an engine does not have
         n_tasks = self.n_tasks
-        _require(
+        require(
             self.batch_size % n_tasks == 0,
             f"batch_size: expected a multiple of the {n_tasks} tasks, got {self.batch_size}",
         )
-        _require(
+        require(
             self.replay_capacity // n_tasks >= self.chunk_steps,
             f"replay_capacity: expected at least chunk_steps x tasks = {self.chunk_steps * n_tasks}, "
             f"got {self.replay_capacity}",

@@ -15,12 +15,13 @@ BLOCK_NUMBERS = 512  # of x: at the published sizes 8 rows a program, 160 progra
 def replay_rows_kernel(
     obs_ptr, action_ptr, reward_ptr, ended_ptr, next_obs_ptr, route_ptr, share_ptr, size_ptr,
     x_ptr, rewards_ptr, terminals_ptr, routes_ptr, n_rows, per_task, stored,
-    N_OBS: tl.constexpr, A: tl.constexpr, ROUTE: tl.constexpr,
+    N_OBS: tl.constexpr, N_ACTIONS: tl.constexpr, ROUTE: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_ROUTE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_ROWS),); a program owns all fields of its rows.
 
-    Reads 4 (2 O + A) + ROUTE + 13 bytes a row from where it lies, writes 12 (O + A) + ROUTE + 8 bytes, each once.
+    With O = N_OBS and A = N_ACTIONS: reads 4 (2 O + A) + ROUTE + 13 bytes a row from where it lies, writes 12 (O + A) +
+    ROUTE + 8 bytes, each once.
     Invariant: a row lies within the storage whatever `share` and `size` hold. int64 places: a replay of 2^26 rows has
     2^31 numbers and more.
     """
@@ -35,12 +36,12 @@ def replay_rows_kernel(
 
     col = tl.arange(0, BLOCK_X)[None, :]
     is_obs = exists[:, None] & (col < N_OBS)
-    is_action = exists[:, None] & (col >= N_OBS) & (col < N_OBS + A)
+    is_action = exists[:, None] & (col >= N_OBS) & (col < N_OBS + N_ACTIONS)
     obs = tl.load(obs_ptr + (source * N_OBS)[:, None] + col, mask=is_obs, other=0.0)
-    action = tl.load(action_ptr + (source * A)[:, None] + col - N_OBS, mask=is_action, other=0.0)
+    action = tl.load(action_ptr + (source * N_ACTIONS)[:, None] + col - N_OBS, mask=is_action, other=0.0)
     next_obs = tl.load(next_obs_ptr + (source * N_OBS)[:, None] + col, mask=is_obs, other=0.0)
-    at = (row * (N_OBS + A))[:, None] + col
-    plane = tl.cast(n_rows, tl.int64) * (N_OBS + A)
+    at = (row * (N_OBS + N_ACTIONS))[:, None] + col
+    plane = tl.cast(n_rows, tl.int64) * (N_OBS + N_ACTIONS)
     tl.store(x_ptr + at, tl.where(is_obs, obs, action), mask=is_obs | is_action)
     tl.store(x_ptr + plane + at, obs, mask=is_obs | is_action)  # 0 where the actor's action will go
     tl.store(x_ptr + 2 * plane + at, next_obs, mask=is_obs | is_action)
@@ -61,7 +62,7 @@ def rows_launch(n_obs: int, n_actions: int, route: int) -> dict[str, Any]:
     block_x = triton.next_power_of_2(n_obs + n_actions)
     return {
         "N_OBS": n_obs,
-        "A": n_actions,
+        "N_ACTIONS": n_actions,
         "ROUTE": route,
         "BLOCK_X": block_x,
         "BLOCK_ROUTE": triton.next_power_of_2(max(1, route)),

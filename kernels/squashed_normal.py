@@ -10,11 +10,13 @@ import triton.language as tl
 from d2r_fast.kernels.settings import FUSED, check_real, check_tensor, packed
 from torch import Tensor
 
-LEAST_LOG_STD, MOST_LOG_STD, EDGE = tl.constexpr(-20.0), tl.constexpr(2.0), tl.constexpr(1e-6)
+from d2r_fast.ops.squashed_normal import EDGE as EDGE_OF_LOG
+from d2r_fast.ops.squashed_normal import LOG_STD_RANGE
+
+LEAST_LOG_STD, MOST_LOG_STD, EDGE = (tl.constexpr(v) for v in (*LOG_STD_RANGE, EDGE_OF_LOG))
 LOG_ROOT_TWO_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
-WARP_NUMBERS = (
-    128  # one warp a program, 4 numbers a thread: a row of 4 actions is one access, and needs no other thread
-)
+# One warp a program, 4 numbers a thread: a row of 4 actions is one access, and needs no other thread.
+WARP_NUMBERS = 128
 
 
 @triton.jit(do_not_specialize=["n_rows"])

@@ -169,8 +169,8 @@ class _Layered:
         def to_weight(layer: EnsembleLinear, x: Tensor, precision: str = precision) -> None:
             product(d_z[layer][:, :n].mT, x[:, :n], precision, out=gradient[layer.weight])
 
-        def to_input(layer: EnsembleLinear, out: Tensor | None = None) -> Tensor:
-            return product(d_z[layer], layer.weight, precision, out=out)
+        def to_input(layer: EnsembleLinear) -> Tensor:
+            return product(d_z[layer], layer.weight, precision)
 
         d_z[net.head].copy_(d_out)
         to_weight(net.head, self._mixed)

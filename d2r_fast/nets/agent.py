@@ -12,8 +12,8 @@ from d2r_fast.nets.d2r import GREEDY, RouteChoice, RoutedNetwork
 from d2r_fast.nets.network import UnroutedNetwork
 from d2r_fast.nets.settings import NetConfigBase
 from d2r_fast.ops import Routes
+from d2r_fast.ops.squashed_normal import LOG_STD_RANGE
 
-LOG_STD_RANGE = (-20.0, 2.0)
 N_CRITICS = 2  # E of the critic ensemble: SAC's pair
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from conftest import cpp_backends
 from tiny import NETS
 
 from d2r_fast import Agent, NetConfig, RouteChoice, SacConfig
-from d2r_fast.config import INF
 from d2r_fast.learning.parameters import ALIGNMENT, FlatParameters
 from d2r_fast.learning.sac import Batch, Draws, make_optimiser, update
 from d2r_fast.learning.update import Update
@@ -97,7 +97,7 @@ def loss_arguments(dtype, e=2, limit=3000.0, weighted=True, b=4 * 33):
 
 @dtypes
 @pytest.mark.parametrize(
-    ("e", "limit", "weighted"), [(2, 3000.0, True), (1, 3000.0, False), (3, 4.0, True), (2, INF, False)]
+    ("e", "limit", "weighted"), [(2, 3000.0, True), (1, 3000.0, False), (3, 4.0, True), (2, inf, False)]
 )
 def test_losses_match_their_reference(dtype, e, limit, weighted):
     arguments = loss_arguments(dtype, e, limit, weighted)
@@ -146,7 +146,7 @@ def step_arguments(dtype, seed=0, max_norm=1.0, max_log_alpha=0.0):
 
 @on_every_instruction_set
 @dtypes
-@pytest.mark.parametrize(("max_norm", "max_log_alpha"), [(1.0, 0.0), (INF, INF), (0.5, -0.2)])
+@pytest.mark.parametrize(("max_norm", "max_log_alpha"), [(1.0, 0.0), (inf, inf), (0.5, -0.2)])
 def test_the_step_matches_its_reference(backend, dtype, max_norm, max_log_alpha):
     def make():
         return step_arguments(dtype, max_norm=max_norm, max_log_alpha=max_log_alpha)
@@ -155,7 +155,7 @@ def test_the_step_matches_its_reference(backend, dtype, max_norm, max_log_alpha)
     arguments = make()
     optimiser_step.optimiser_step(*arguments)
     log_alpha, route_temp = arguments[6:8]
-    assert log_alpha.max() > 0 if max_log_alpha == INF else log_alpha.max() == log_alpha.new_tensor(max_log_alpha)
+    assert log_alpha.max() > 0 if max_log_alpha == inf else log_alpha.max() == log_alpha.new_tensor(max_log_alpha)
     assert torch.equal(log_alpha, arguments[0][69_008:69_012])
     torch.testing.assert_close(route_temp, 4 * torch.softmax(-log_alpha, 0))
 
