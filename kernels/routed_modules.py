@@ -150,6 +150,14 @@ def routed_modules_bwd_kernel(
         if tl.max(wanted.to(tl.int32), 0) > 0:
             module = net * (N - 1) + i - 1
             at = (buffer + (i * n_rows + row) * D)[:, None]
+            # Of routes made by hand: a module that runs, though nothing reads it.
+            unread = wanted & (((touched >> i) & 1) == 0)
+            if tl.max(unread.to(tl.int32), 0) > 0:
+                mask = unread[:, None] & in_width
+                tl.store(to_relu_ptr + at + col[None, :], tl.zeros_like(d_x), mask=mask)
+                if RESIDUAL:
+                    tl.store(to_residual_ptr + at + col[None, :], tl.zeros_like(d_x), mask=mask)
+                tl.debug_barrier()
             opened_at = ((i * n_saved + row) * D)[:, None]
             d_main = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
             for start in range(0, D, BLOCK_K):

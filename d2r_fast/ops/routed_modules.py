@@ -45,11 +45,12 @@ def routed_modules(
         raise TypeError(f"routes: expected Routes, got {type(routes).__name__}")
     require_tensor("weight", weight, "float")
     require_tensor("routes.gate", routes.gate, "float")
-    if under_autocast(h0):
+    autocast = under_autocast(h0)
+    _check(h0, weight, bias, routes, autocast)
+    if autocast:
         with torch.autocast(h0.device.type, enabled=False):
             routes = routes._replace(gate=routes.gate.to(weight.dtype))
             return routed_modules(h0.to(weight.dtype), weight, bias, routes, residual, backend, precision)
-    _check(h0, weight, bias, routes)
     require_flag("residual", residual)
     check_precision(precision)
     chosen = choose_backend(backend, h0, h0.shape[2], precision)
@@ -123,7 +124,8 @@ def _differentiate(backward: Run, ctx: Any, d_mixed: Tensor | None, *_: None) ->
 _run = differentiable(_forward, _backward, _save, _differentiate, _launchers)
 
 
-def _check(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes) -> None:
+def _check(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes, autocast: bool) -> None:
+    """autocast: h0 and the gates are yet to be cast to weight's dtype."""
     if h0.dim() != 3:
         raise ValueError(f"h0: expected [E,B,D], got {list(h0.shape)}")
     n_nets, rows, width = h0.shape
@@ -133,11 +135,12 @@ def _check(h0: Tensor, weight: Tensor, bias: Tensor, routes: Routes) -> None:
     n_modules, k = routes.index.shape[2:]
     if not 1 <= k <= n_modules <= MAX_MODULES:
         raise ValueError(f"routes.index: expected 1 <= K <= N <= {MAX_MODULES}, got {list(routes.index.shape)}")
+    real = weight.dtype if autocast else h0.dtype
     for name, value, shape, dtype in (
         ("routes.index", routes.index, list(routes.index.shape), torch.int32),
-        ("weight", weight, [n_nets, n_modules - 1, width, width], h0.dtype),
-        ("bias", bias, [n_nets, n_modules - 1, width], h0.dtype),
-        ("routes.gate", routes.gate, list(routes.index.shape), h0.dtype),
+        ("weight", weight, [n_nets, n_modules - 1, width, width], real),
+        ("bias", bias, [n_nets, n_modules - 1, width], real),
+        ("routes.gate", routes.gate, list(routes.index.shape), routes.gate.dtype if autocast else real),
         ("routes.flow", routes.flow, list(routes.index.shape), torch.bool),
         ("routes.active", routes.active, [n_nets, rows], torch.int32),
     ):

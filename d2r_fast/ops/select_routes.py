@@ -68,13 +68,13 @@ def select_routes(
     captured, and under torch.compile unless on `cpp`, an illegal source is an assertion on the device.
     """
     require_tensor("logits", logits, "float")
-    if under_autocast(logits):
-        with torch.autocast(logits.device.type, enabled=False):
-            return select_routes(logits.float(), k, mode, temperature, noise, index, resrouting, backend)
     if logits.dim() != 3:
         raise ValueError(f"logits: expected [E,B,R], got {list(logits.shape)}")
     require_flag("resrouting", resrouting)
     n_modules = check_select_arguments(tuple(logits.shape), logits.device, k, mode, temperature, noise, index)
+    if under_autocast(logits):
+        with torch.autocast(logits.device.type, enabled=False):
+            return select_routes(logits.float(), k, mode, temperature, noise, index, resrouting, backend)
     chosen = choose_backend(backend, logits)
     if index is not None and chosen != "cpp":  # whose kernels look themselves
         require_legal_index(index)

@@ -163,6 +163,18 @@ def test_what_is_not_active_is_not_written():
     assert opened.dtype == torch.bool and opened.shape == h.shape
 
 
+@pytest.mark.parametrize("bits", [(1 << 8) - 1, -1], ids=["all", "and_more_than_there_are"])
+@pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
+def test_a_module_that_runs_though_nothing_reads_it(residual, bits):
+    *layers, routes = make_modules(2, 20, 8, 2, 16)
+    assert (routes.active != (1 << 8) - 1).any()
+    cotangent = torch.randn(2, 20, 16, device=DEVICE)
+    truth = truth_of((*layers, routes), cotangent, residual)
+    ours = run_triton((*layers, routes._replace(active=torch.full_like(routes.active, bits))), cotangent, residual)
+    for name, value in ours.items():
+        assert largest(value.double() - truth[name]) <= TOLERANCE * largest(truth[name]), name
+
+
 def test_only_what_is_asked_for():
     h0, weight, bias, routes = make_modules(1, 20, 4, 2, 16)
     mixed, h, opened = triton_modules.forward(h0, weight, bias, routes, True, "float32", True)

@@ -187,6 +187,17 @@ def test_autocast_works_with_every_backend(backend):
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
+def test_under_autocast_too_shapes_are_looked_at_before_anything_is_cast():
+    with torch.autocast("cpu", torch.bfloat16):
+        vast = torch.zeros(1, dtype=torch.float64)  # in float32, 2^42 bytes
+        with pytest.raises(ValueError, match=r"logits: expected \[E,B,R\]"):
+            select_routes(vast.expand(1 << 40, 1, 1, 1), 1)
+        weight, bias = torch.zeros(E, N - 1, D, D), torch.zeros(E, N - 1, D)
+        routes = make_routes(legal_index(), torch.rand(E, B, N, K))
+        with pytest.raises(ValueError, match=r"routes.index: expected \[E="):
+            routed_modules(vast.expand(1 << 30, 1 << 10, D), weight, bias, routes)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
