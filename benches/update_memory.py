@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import torch
 from timing import print_table, synchronise, write_report
-from update_step import make_learner, preset_with
+from update_step import make_learner, variant_of
 
 from d2r_fast.learning.learner import Learner
 from d2r_fast.ops.backends import PRECISIONS, availability
@@ -76,7 +76,7 @@ def main() -> None:
     if not availability()[backend].startswith("ready"):
         parser.error(f"backend {backend}: {availability()[backend]}")
     _, preset = PRESETS["quick" if args.suite == "quick" else f"{args.suite}-rand"]
-    learner = make_learner(preset_with(preset, backend, args.precision), args.device)
+    learner = make_learner(variant_of(preset, backend, args.precision), args.device)
     held = record(learner, args.updates, args.device)
     learner.require_finite()
 

@@ -1,13 +1,16 @@
 """One whole update (critics, actor, alpha, clipping, Adam, targets): how long, against what, and over what floor.
 
     python benches/update_step.py --suite mt10 --device cpu --json benches/results/update_step_mt10_cpu.json
+    python benches/update_step.py --net all --backends cpp --json benches/results/update_step_networks_mt10_cpu.json
 
-Published sizes, a replay of random transitions, the learner as training runs it (sampling and noise included). Backends
-take turns in one run. The floor is the arithmetic that active modules need over the rate of the library's matrix
-products at these sizes, measured in the same run. `--profile FILE` writes a trace and prints the top costs.
+Published sizes, a replay of random transitions, the learner as training runs it (sampling and noise included). Variants
+take turns in one run. The floor is the arithmetic of the update's matrix products (of D2R's modules: the active ones)
+over the rate of the library's own products at D2R's sizes, measured in the same run. Memory is what updates add to a
+process of their own, at their peak. `--profile FILE` writes a trace and prints the top costs.
 """
 
 import argparse
+import multiprocessing
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -17,6 +20,8 @@ from typing import Any
 import psutil
 import torch
 from timing import Run, matmul, matmul_flop, measure, print_table, synchronise, write_report
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from d2r_fast.config import RunConfig
 from d2r_fast.envs import MultiTaskEnvs
@@ -24,20 +29,21 @@ from d2r_fast.learning.learner import Learner
 from d2r_fast.learning.replay import Replay, Transitions
 from d2r_fast.nets.agent import N_CRITICS, Agent
 from d2r_fast.nets.d2r import NetConfig
+from d2r_fast.nets.kinds import NET_CONFIGS
 from d2r_fast.ops import count_active
 from d2r_fast.ops.backends import PRECISIONS, availability
-from d2r_fast.presets import PRESETS
+from d2r_fast.presets import PRESETS, with_net
 
 ROWS_PER_TASK = 2000  # in the replay
 OBS, ACTIONS = MultiTaskEnvs.obs_size, MultiTaskEnvs.action_size
 
 
 def random_transitions(cfg: RunConfig, device: str) -> Transitions:
-    """Transitions of every task with routes that each route could have kept."""
-    shape, net = (cfg.n_tasks, ROWS_PER_TASK), cfg.net
-    score = torch.rand(*shape, net.n_modules, net.n_modules, device=device)
-    below = torch.ones(net.n_modules, net.n_modules, device=device).tril()
-    route = (score + below).topk(net.top_k, -1).indices.to(torch.uint8)
+    """Transitions of every task with routes, if the network has any, that each route could have kept."""
+    shape, (n_modules, top_k) = (cfg.n_tasks, ROWS_PER_TASK), cfg.net.route_shape
+    score = torch.rand(*shape, n_modules, n_modules, device=device)
+    below = torch.ones(n_modules, n_modules, device=device).tril()
+    route = (score + below).topk(top_k, -1).indices.to(torch.uint8)
     return Transitions(
         obs=torch.randn(*shape, OBS, device=device),
         action=torch.rand(*shape, ACTIONS, device=device) * 2 - 1,
@@ -53,14 +59,36 @@ def make_learner(cfg: RunConfig, device: str) -> Learner:
     with torch.device(device):
         agent = Agent(OBS, ACTIONS, cfg.n_tasks, cfg.net)
     capacity = cfg.n_tasks * ROWS_PER_TASK
-    routes = (cfg.net.n_modules, cfg.net.top_k)
-    replay = Replay(cfg.n_tasks, capacity, OBS, ACTIONS, routes, torch.device(device))
+    replay = Replay(cfg.n_tasks, capacity, OBS, ACTIONS, cfg.net.route_shape, torch.device(device))
     replay.add(random_transitions(cfg, device))
     return Learner(agent, replay, cfg, seed=0)
 
 
-def update_flop(cfg: RunConfig, active: float) -> float:
-    """Arithmetic of one update's matrix products, multiply and add counted apart; `active` modules 1..N-1 run a row.
+class ProductCounter(TorchDispatchMode):
+    """Counts the arithmetic of torch's matrix products, multiply and add apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flop = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flop += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def counted_flop(cfg: RunConfig) -> float:
+    """Arithmetic of the products that plain PyTorch makes in one update: of a network that runs whole in every row."""
+    learner = make_learner(variant_of(cfg, "reference", "float32"), "cpu")
+    with ProductCounter() as counter:
+        learner.run(1)
+    return float(counter.flop)
+
+
+def routed_flop(cfg: RunConfig, active: float) -> float:
+    """The same of D2R's network, of whose modules 1..N-1 `active` run a row.
 
     A layer's backward costs one product for its weight and one for its input; a network's first layer needs the second
     only where the gradient goes on to the action, and no product with constant weights needs the first.
@@ -117,9 +145,32 @@ def write_profile(run: Run, path: Path, device: str) -> None:
     print(f"trace of 10 updates: {path}")
 
 
+def memory_of_updates(cfg: RunConfig, device: str) -> float:
+    """MiB that updates add at their peak, on the CPU to a process of their own, on a GPU to what torch allocated."""
+    if device == "cuda":
+        learner = make_learner(cfg, device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        learner.run(3)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_growth_of_this_process, (cfg, torch.get_num_threads()))
+
+
+def _growth_of_this_process(cfg: RunConfig, n_threads: int) -> float:
+    torch.set_num_threads(n_threads)
+    learner = make_learner(cfg, "cpu")
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    learner.run(3)
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].removesuffix("kB")) / 2**10 - before / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=("mt10", "mt50", "quick"), default="mt10")
+    parser.add_argument("--net", default="d2r", help=f"comma separated, of {', '.join(NET_CONFIGS)}; or all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backends", help="comma separated; default: all that work on the device")
     parser.add_argument("--precisions", default="float32", help=f"comma separated, of {', '.join(PRECISIONS)}")
@@ -130,50 +181,57 @@ def main() -> None:
     fast = "triton" if args.device == "cuda" else "cpp"
     ready = [name for name in ("reference", fast) if availability()[name].startswith("ready")]
     backends = args.backends.split(",") if args.backends else ready
+    nets = list(NET_CONFIGS) if args.net == "all" else args.net.split(",")
     _, preset = PRESETS["quick" if args.suite == "quick" else f"{args.suite}-rand"]
+    rate_like: NetConfig = preset.net  # D2R's
 
-    variants: dict[str, Run] = {"matmul": matmul(args.device, preset.batch_size, preset.net.module_width)}
-    learners: dict[str, Learner] = {}
-    for backend in backends:
-        for precision in args.precisions.split(",") if backend != "reference" else ["float32"]:
-            text = preset_with(preset, backend, precision)
-            learners[f"{backend}|{precision}"] = make_learner(text, args.device)
+    learners: dict[tuple[str, str, str], Learner] = {}
+    for net in nets:
+        for backend in backends:
+            for precision in args.precisions.split(",") if backend != "reference" else ["float32"]:
+                cfg = variant_of(with_net(preset, net), backend, precision)
+                learners[net, backend, precision] = make_learner(cfg, args.device)
+    variants: dict[str, Run] = {"matmul": matmul(args.device, preset.batch_size, rate_like.module_width)}
     for name, learner in learners.items():
-        variants[name] = lambda learner=learner: learner.run(1)
+        variants["|".join(name)] = lambda learner=learner: learner.run(1)
     samples = measure(variants, args.device, args.rounds, warmup=2)
-    rate = matmul_flop(preset.batch_size, preset.net.module_width) / samples["matmul"].median / 1e6
-    active = mean_active(next(iter(learners.values())), preset)
-    flop = update_flop(preset, active)
+    rate = matmul_flop(preset.batch_size, rate_like.module_width) / samples["matmul"].median / 1e6
+    print(f"{args.suite}: {preset.batch_size} rows; matrix products alone {rate:.1f} GFLOP/s")
+    flop, facts = {}, {"matmul_gflops": round(rate, 1)}
+    for net in nets:
+        cfg = with_net(preset, net)
+        if isinstance(cfg.net, NetConfig):
+            active = mean_active(next(learner for (kind, *_), learner in learners.items() if kind == net), cfg)
+            print(f"{net}: {active:.2f} of {cfg.net.n_modules - 1} routed modules run a row")
+            facts["active_modules"] = round(active, 2)
+            flop[net] = routed_flop(cfg, active)
+        else:
+            flop[net] = counted_flop(cfg)
     rows: list[dict[str, Any]] = []
-    first = samples[next(iter(learners))].median
-    for name in learners:
-        backend, precision = name.split("|")
-        row = {"variant": backend, "suite": args.suite, "device": args.device, "precision": precision}
-        row |= samples[name].as_dict()
-        row |= {"ratio_to_reference": round(first / samples[name].median, 2)}
-        row |= {"over_floor": round(samples[name].median / (flop / rate / 1e6), 2)}
+    first = samples["|".join(next(iter(learners)))].median
+    for (net, backend, precision), learner in learners.items():
+        measured = samples["|".join((net, backend, precision))]
+        floor = flop[net] / rate / 1e6
+        row = {"net": net, "variant": backend, "suite": args.suite, "device": args.device, "precision": precision}
+        row |= measured.as_dict()
+        # Of the first row to this one: how many times as fast it is.
+        row |= {"ratio_to_reference": round(first / measured.median, 2)}
+        row |= {"gflop": round(flop[net] / 1e9, 2), "floor_ms": round(floor, 2)}
+        row |= {"over_floor": round(measured.median / floor, 2)}
+        row["memory_mib"] = round(memory_of_updates(learner._cfg, args.device))
         if args.device == "cuda":
-            row["kernels"] = kernels_launched(variants[name])
-            row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+            row["kernels"] = kernels_launched(variants["|".join((net, backend, precision))])
         rows.append(row)
-    print(
-        f"{args.suite}: {preset.batch_size} rows; {active:.2f} of {preset.net.n_modules - 1} routed modules run a row"
-    )
-    print(
-        f"{flop / 1e9:.1f} GFLOP an update, matrix products alone {rate:.1f} GFLOP/s: floor {flop / rate / 1e6:.1f} ms"
-    )
     print_table(rows, [k for k in rows[0] if k not in ("suite", "device")])
     if args.profile:
-        write_profile(variants[list(learners)[-1]], args.profile, args.device)
+        write_profile(list(variants.values())[-1], args.profile, args.device)
     command = "python " + " ".join(["benches/update_step.py", *sys.argv[1:]])
-    facts = {"gflop": round(flop / 1e9, 2), "active_modules": round(active, 2), "matmul_gflops": round(rate, 1)}
     facts["rss_mib"] = round(psutil.Process().memory_info().rss / 2**20)
     write_report(args.json, command, args.device, rows, **facts)
 
 
-def preset_with(preset: RunConfig, backend: str, precision: str) -> RunConfig:
-
-    return replace(preset, net=replace(preset.net, backend=backend, precision=precision))
+def variant_of(cfg: RunConfig, backend: str, precision: str) -> RunConfig:
+    return replace(cfg, net=replace(cfg.net, backend=backend, precision=precision))
 
 
 if __name__ == "__main__":

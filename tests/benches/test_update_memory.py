@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from update_memory import EVERY, growth, record
-from update_step import make_learner, preset_with
+from update_step import make_learner, variant_of
 
 from d2r_fast.presets import PRESETS
 
@@ -40,7 +40,7 @@ def test_noise_has_a_slope_within_its_error():
 
 
 def test_samples_of_real_updates():
-    learner = make_learner(preset_with(PRESETS["quick"][1], "reference", "float32"), "cpu")
+    learner = make_learner(variant_of(PRESETS["quick"][1], "reference", "float32"), "cpu")
     samples = record(learner, 2 * EVERY, "cpu")
     assert learner.updates == 2 * EVERY
     assert list(samples) == ["rss"]
