@@ -86,10 +86,11 @@ NetworkSizes network_sizes(Tensor& x, Tensor& task, std::vector<Tensor>& paramet
   return s;
 }
 
-// Rows of `activations`, as network_cpu.h lays them out.
-int64_t activation_width(const NetworkSizes& s, const std::vector<Tensor>& parameters) {
-  int64_t width = 2 * s.hidden + 2 * s.modules.width;
-  for (int64_t l = kRoute; l < s.n_layers - 1; ++l) width += parameters[2 * l].size(1);
+// Of a row in `activations`, as network_cpu.h lays them out.
+int64_t activation_width(const NetworkSizes& s, const std::vector<Tensor>& parameters, ScalarType real) {
+  const auto stride = real == ScalarType::Double ? row_stride<double> : row_stride<float>;
+  int64_t width = 2 * stride(s.hidden) + 2 * s.modules.width;
+  for (int64_t l = kRoute; l < s.n_layers - 1; ++l) width += stride(parameters[2 * l].size(1));
   return width;
 }
 
@@ -182,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route
   const bool keep = n_back > 0;
   Tensor out = fresh(x, {m.n_nets, m.n_rows, s.n_out});
   const ChosenRoutes chosen = fresh_routes(m, x);
-  Tensor activations = fresh(x, {m.n_nets * m.n_rows * activation_width(s, parameters)}, keep);
+  Tensor activations = fresh(x, {m.n_nets * m.n_rows * activation_width(s, parameters, real)}, keep);
   Tensor h = fresh(x, {m.n_nets, m.n_modules, m.n_rows, m.width}, keep);
   Tensor opened = fresh(x, {m.n_nets, m.n_modules, m.n_rows, m.width}, keep, ScalarType::Bool);
   Sizes given_size = m;
@@ -249,7 +250,7 @@ Tensor routed_network_backward(Tensor d_out, std::optional<Tensor> to_gate, Tens
   check_tensor("flow", flow, ScalarType::Bool, {m.n_nets, m.n_rows, m.n_modules, m.n_kept});
   check_tensor("active", active, ScalarType::Int, {m.n_nets, m.n_rows});
   if (n_back > 0) {
-    check_tensor("activations", activations, real, {rows * activation_width(s, parameters)});
+    check_tensor("activations", activations, real, {rows * activation_width(s, parameters, real)});
     check_tensor("h", h, real, {m.n_nets, m.n_modules, m.n_rows, m.width});
     check_tensor("opened", opened, ScalarType::Bool, {m.n_nets, m.n_modules, m.n_rows, m.width});
   }

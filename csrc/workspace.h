@@ -38,11 +38,4 @@ class Workspace {
   size_t size_ = 0, used_ = 0;
 };
 
-// Distance between rows of the block's own buffers: whole panels, and an odd number of cache lines, since rows a power
-// of two apart would share a few sets of the first-level cache.
-template <typename T>
-inline int64_t row_stride(int64_t width) {
-  return (round_up(round_up(width, kPanel<T>) * sizeof(T), 128) + 64) / sizeof(T);
-}
-
 }  // namespace d2r_fast::D2R_ISA

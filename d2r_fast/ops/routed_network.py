@@ -98,9 +98,14 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
 def saved_shapes(x: Tensor, parameters: Sequence[Tensor], keep: bool) -> tuple[int, tuple[int, ...]]:
     """Numbers of the saved activations of the layers, and the shape of those of the modules; nothing unless `keep`."""
     n_nets, per_net, width = parameters[MODULES].shape[:3]
-    hidden, route = parameters[BASE].shape[1], sum(w.shape[1] for w in parameters[ROUTE:-2:2])
-    rows = n_nets * x.shape[0]
-    return (rows * (2 * hidden + 2 * width + route), (n_nets, per_net + 1, x.shape[0], width)) if keep else (0, (0,))
+    if not keep:
+        return 0, (0,)
+
+    def stride(weight: Tensor) -> int:  # as `row_stride` in csrc/kernels.h
+        return (-(-weight.shape[1] * x.itemsize // 128) * 128 + 64) // x.itemsize
+
+    per_row = 2 * stride(parameters[BASE]) + 2 * width + sum(stride(w) for w in parameters[ROUTE:-2:2])
+    return n_nets * x.shape[0] * per_row, (n_nets, per_net + 1, x.shape[0], width)
 
 
 def _shapes(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
