@@ -1,5 +1,6 @@
 // Compiled once for every instruction set; D2R_ISA names it.
 #include "elementwise_cpu.h"
+#include "module_levels_cpu.h"
 #include "network_cpu.h"
 
 namespace d2r_fast::D2R_ISA {
@@ -16,6 +17,10 @@ constexpr Kernels<T> kKernels = {
     &select_routes_backward<T>,
     &network_forward<T, Products>,
     &network_backward<T, Products>,
+    &levels_forward<T, Products>,
+    &levels_backward<T, Products>,
+    &gates_forward<T, Products>,
+    &gates_backward<T, Products>,
     &gumbel,
     &squared_norm<T>,
     &adam<T>,

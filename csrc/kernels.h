@@ -119,6 +119,55 @@ struct NetworkBackwardArgs {
   int64_t n_back, first_to_x;  // no block reaches over row first_to_x
 };
 
+// L levels of N modules side by side: a module of the first reads u, one of a later level the ReLU of a mix of the level
+// before it, and the output is the ReLU of a mix of the last. Mix l = 1..L of target j starts at ((l - 1) N + j) N of a
+// row's G = (L - 1) N^2 + N gates.
+template <typename T>
+struct LevelsArgs {
+  int64_t n_levels, n_modules, n_rows, n_in, width;  // L, N, B, H, D
+  const Layer<T>* layers;                            // [E,L,N]
+  const T* u;                                        // [E,B,H]
+  const T* gate;                                     // [E,B,G]
+};
+
+template <typename T>
+struct LevelsForwardArgs {
+  LevelsArgs<T> levels;
+  T* m;  // [E,B,L,N,D] the modules' outputs, or null: no backward follows
+  T* y;  // [E,B,D]
+};
+
+template <typename T>
+struct LevelsBackwardArgs {
+  LevelsArgs<T> levels;
+  const T *m, *y, *d_y;
+  T* d_u;     // [E,B,H]
+  T* d_gate;  // [E,B,G]
+};
+
+// The gates of these mixes, a softmax over N sources each, from c: logits of mix 1 from ReLU(c), those of a later mix from
+// ReLU(s c), where s is a layer over the gates of all mixes before it.
+template <typename T>
+struct GatesArgs {
+  int64_t n_levels, n_modules, n_rows, n_in;  // n_in: C
+  const Layer<T>* layers;                     // [E,2 L - 1] logits of mix 1, then s and logits of each mix after it
+  const T* c;                                 // [E,B,C]
+};
+
+template <typename T>
+struct GatesForwardArgs {
+  GatesArgs<T> gates;
+  T* scale;  // [E,B,L-1,C] s of each mix, or null: no backward follows
+  T* p;      // [E,B,G]
+};
+
+template <typename T>
+struct GatesBackwardArgs {
+  GatesArgs<T> gates;
+  const T *scale, *p, *d_p;
+  T* d_c;  // [E,B,C]
+};
+
 // A run of one network's parameters with all that a step of Adam changes.
 template <typename T>
 struct AdamPiece {
@@ -160,6 +209,12 @@ struct Kernels {
   void (*network_forward)(const NetworkForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);
   // The same; adds to sums[2 l] the gradient of layer l's weight, to sums[2 l + 1] its bias's; all null: not wanted.
   void (*network_backward)(const NetworkBackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* const* sums);
+  // Rows first..first+n_rows of one network through levels of modules. backward adds to sums[2 l] the gradient of level l's
+  // weights, to sums[2 l + 1] its biases'; all null: not wanted. The same for the layers of the gates.
+  void (*levels_forward)(const LevelsForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);
+  void (*levels_backward)(const LevelsBackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* const* sums);
+  void (*gates_forward)(const GatesForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);
+  void (*gates_backward)(const GatesBackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* const* sums);
   // -log(-log u) of n uniform numbers, in place.
   void (*gumbel)(T* uniform, int64_t n);
   double (*squared_norm)(const T* x, int64_t n);

@@ -112,8 +112,9 @@ inline void for_each_tile(int64_t n, const Body& body) {
 constexpr int64_t kStepsAtOnce = 256;
 
 // out[r, :] = start + a[r, :] B for n_rows rows of a tile buffer; start null: zero. `out` has room for whole panels.
+// Once in the library for all that call it: its tiles of every number of rows are much code.
 template <typename Step>
-inline void multiply_rows(int64_t n_rows, int64_t depth, const typename Step::Element* a, const typename Step::Element* panels,
+[[gnu::noinline]] inline void multiply_rows(int64_t n_rows, int64_t depth, const typename Step::Element* a, const typename Step::Element* panels,
                           int64_t columns, const typename Step::Sum* start, typename Step::Sum* out) {
   using T = typename Step::Sum;
   const int64_t n_parts = std::max<int64_t>(1, (depth + kStepsAtOnce - 1) / kStepsAtOnce);
@@ -146,7 +147,7 @@ struct Rows {
 
 // sum [a.columns, b.columns] += a^T b.
 template <typename Step>
-inline void add_transposed_product(int64_t depth, Rows<typename Step::Element> a, Rows<typename Step::Element> b,
+[[gnu::noinline]] inline void add_transposed_product(int64_t depth, Rows<typename Step::Element> a, Rows<typename Step::Element> b,
                                    typename Step::Sum* sum) {
   using T = typename Step::Sum;
   for (int64_t top = 0; top < a.columns; top += kTileRows)

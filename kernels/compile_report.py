@@ -29,6 +29,7 @@ from d2r_fast.kernels.layers import (
     split_base_bwd_kernel,
     split_base_kernel,
 )
+from d2r_fast.kernels.module_levels import mix_bwd_kernel, mix_fwd_kernel, mix_launch
 from d2r_fast.kernels.replay_rows import replay_rows_kernel, rows_launch
 from d2r_fast.kernels.routed_modules import routed_modules_bwd_kernel, routed_modules_fwd_kernel
 from d2r_fast.kernels.sac_losses import losses_launch, sac_losses_kernel
@@ -120,6 +121,10 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     yield "split_base", "any", "float32", split_base_kernel, ELEMENTS_LAUNCH
     yield "split_base_bwd", "H400", "float32", split_base_bwd_kernel, {"H": 400} | ELEMENTS_LAUNCH
     yield "bias_gradient", "B1280", "float32", bias_gradient_kernel, {"N_ROWS": 1280} | BIAS_LAUNCH
+    for n, d in ((4, 128), (2, 256)):
+        for targets in (n, 1):
+            yield "mix_fwd", f"N{n}-J{targets}-D{d}", "float32", mix_fwd_kernel, mix_launch(n, targets, d)
+            yield "mix_bwd", f"N{n}-J{targets}-D{d}", "float32", mix_bwd_kernel, mix_launch(n, targets, d)
     yield from cases_of_linear_layers()
     yield from cases_of_the_update()
 

@@ -30,7 +30,7 @@ from d2r_fast.nets.moore import MooreConfig, orthogonal
 from d2r_fast.nets.multi_head import MultiHeadConfig
 from d2r_fast.nets.paco import PacoConfig, extreme_tasks, leave_out, reset_extreme
 from d2r_fast.nets.settings import NetConfigBase
-from d2r_fast.nets.soft_modules import SoftModulesConfig
+from d2r_fast.nets.soft_modules import SoftModules, SoftModulesConfig
 from d2r_fast.ops.backends import BACKENDS
 from d2r_fast.ops.replay_rows import ReplayRows
 from d2r_fast.ops.select_routes import Routes
@@ -320,15 +320,15 @@ def check_baseline(v: Vector) -> Iterator[Quantity]:
         yield "orthogonal_features", ours, v["aux/orthogonal_features"]
 
 
-def check_gates(v: Vector, net: torch.nn.Module, e: int) -> Iterator[Quantity]:
+def check_gates(v: Vector, net: SoftModules, e: int) -> Iterator[Quantity]:
     caught: list[Tensor] = []
-    hooks = [gate.register_forward_hook(lambda *args: caught.append(args[-1][e])) for gate in net.gate]
+    hook = net.gating[-1].register_forward_hook(lambda *args: caught.append(args[-1]))
     net(v["obs"], v["task_id"])
-    for hook in hooks:
-        hook.remove()
-    for i, logits in enumerate(caught):
-        recorded = v[f"aux/gates.{i}"]
-        yield f"network {e}: gates.{i}", logits.view(recorded.shape).softmax(-1), recorded
+    hook.remove()
+    recorded = [v[f"aux/gates.{i}"] for i in range(net.cfg.n_layers)]
+    gates = net.gates(caught[0])[e].split([p[0].numel() for p in recorded], -1)
+    for i, (ours, theirs) in enumerate(zip(gates, recorded, strict=True)):
+        yield f"network {e}: gates.{i}", ours.view(theirs.shape), theirs
 
 
 def check_reset(v: Vector) -> Iterator[Quantity]:

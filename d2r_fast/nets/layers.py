@@ -129,6 +129,11 @@ def in_turn(layers: Iterable[nn.Module], x: Tensor, relu_behind_last: bool = Fal
     return y
 
 
+def weights_and_biases(layers: Iterable[nn.Module]) -> list[Tensor]:
+    """Weight and bias of each, as operations of several layers take them."""
+    return [getattr(layer, name) for layer in layers for name in ("weight", "bias")]
+
+
 def multiply_adds(*layers: nn.Module) -> int:
     """Of one row through one network's share of each layer, of a stack through one of its N."""
     return sum(layer.get_parameter("weight").shape[-2:].numel() for layer in layers)

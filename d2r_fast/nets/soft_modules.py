@@ -12,12 +12,21 @@ dev   paper                                            code, and here
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from d2r_fast.nets.layers import EnsembleLinear, LinearStack, TaskRows, in_turn, linear_layers, multiply_adds, uniform
+from d2r_fast.nets.layers import (
+    EnsembleLinear,
+    LinearStack,
+    TaskRows,
+    in_turn,
+    linear_layers,
+    multiply_adds,
+    uniform,
+    weights_and_biases,
+)
 from d2r_fast.nets.network import UnroutedNetwork
 from d2r_fast.nets.settings import NetConfigBase, Role, require
+from d2r_fast.ops.module_levels import level_gates, module_levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +52,8 @@ class SoftModulesConfig(NetConfigBase):
 
     @property
     def widest(self) -> int:
-        # A layer's modules read the base as one layer of N D outputs.
-        return max(self.n_modules * max(self.module_width, self.n_modules), *self.base_widths, *self.gating_widths)
+        n_gates = (self.n_layers - 1) * self.n_modules**2  # the last of the gates' layers reads as many
+        return max(self.module_width, n_gates, *self.base_widths, *self.gating_widths)
 
     def make(self, n_in: int, n_out: int, n_tasks: int, n_nets: int, role: Role) -> "SoftModules":
         return SoftModules(n_in, n_out, n_tasks, n_nets, self)
@@ -71,24 +80,17 @@ class SoftModules(UnroutedNetwork):
     def equations(self, x: Tensor, rows: TaskRows) -> Tensor:
         f = in_turn(self.base, x)  # [E,B,H]
         z = f * rows.pick(self.task.weight.mT + self.task.bias[:, None])  # [E,B,H]
-        *between, last = self.gates(in_turn(self.gating, z.relu()))
-        m = self.layers[0](f.relu())  # [E,N,B,D]
-        for layer, p in zip(self.layers[1:], between, strict=True):
-            mixed = torch.einsum("ebjk,ekbd->ejbd", p, m)
-            m = layer(mixed.relu())
-        y = torch.einsum("ebjk,ekbd->ejbd", last, m)[:, 0].relu()  # [E,B,D]
+        gate = self.gates(in_turn(self.gating, z.relu()))
+        levels = weights_and_biases(self.layers)
+        y = module_levels(f.relu(), gate, levels, self.cfg.backend, self.cfg.precision)  # [E,B,D]
         return self.head(y)
 
-    def gates(self, c: Tensor) -> list[Tensor]:
-        """c [E,B,G] -> for each mix its weights [E,B,targets,N], positive with sum 1 over the N sources; the last mix
-        has one target, the output."""
-        logits = self.gate[0](c.relu())
-        p = [logits.unflatten(-1, (-1, self.n_modules)).softmax(-1)]
-        for gate, gate_cond in zip(self.gate[1:], self.gate_cond.values(), strict=True):
-            earlier = torch.cat([q.flatten(-2) for q in p], -1)
-            logits = gate((gate_cond(earlier) * c).relu())
-            p.append(logits.unflatten(-1, (-1, self.n_modules)).softmax(-1))
-        return p
+    def gates(self, c: Tensor) -> Tensor:
+        """c [E,B,G] -> for each mix its weights, [E,B,(L-1) N^2 + N] as `module_levels` takes them."""
+        layers = [self.gate[0]]
+        for gate_cond, gate in zip(self.gate_cond.values(), self.gate[1:], strict=True):
+            layers += [gate_cond, gate]
+        return level_gates(c, self.n_modules, weights_and_biases(layers), self.cfg.backend, self.cfg.precision)
 
     @property
     def multiply_adds(self) -> int:
