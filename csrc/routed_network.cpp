@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "host.h"
+#include "operations.h"
 #include "parallel.h"
 #include "route_checks.h"
 
@@ -163,6 +164,8 @@ NetworkArgs<T> network_args(const NetworkSizes& s, const Packed<T>& packed, cons
           const_data<T>(x), x.stride(0), const_data<int64_t>(task)};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> routed_network(
     Tensor x, Tensor task, std::optional<Tensor> temperature, std::optional<Tensor> noise, std::optional<Tensor> given,
     int64_t k, bool residual, bool resrouting, Precision precision, int64_t n_back, std::vector<Tensor> parameters) {
@@ -311,5 +314,4 @@ STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {
   m.impl("routed_network_backward", TORCH_BOX(&routed_network_backward));
 }
 
-}  // namespace
 }  // namespace d2r_fast

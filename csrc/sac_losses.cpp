@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "host.h"
+#include "operations.h"
 
 namespace d2r_fast {
 namespace {
@@ -13,6 +14,8 @@ template <typename T>
 T smaller(T a, T b) {
   return b < a || std::isnan(b) ? b : a;
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> sac_losses(Tensor q, Tensor target_q, Tensor logp, Tensor reward, Tensor terminal,
                                               Tensor log_alpha, double gamma, double target_entropy, double max_task_loss,
@@ -100,5 +103,4 @@ STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {
   m.impl("sac_losses", TORCH_BOX(&sac_losses));
 }
 
-}  // namespace
 }  // namespace d2r_fast

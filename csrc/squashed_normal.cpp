@@ -3,6 +3,7 @@
 #include <numbers>
 
 #include "host.h"
+#include "operations.h"
 #include "parallel.h"
 
 namespace d2r_fast {
@@ -38,6 +39,8 @@ void for_rows(int64_t n_rows, const Body& body) {
     for (int64_t row = block * kRowsAtOnce; row < std::min(n_rows, (block + 1) * kRowsAtOnce); ++row) body(row);
   });
 }
+
+}  // namespace
 
 Tensor squashed_normal(Tensor out, Tensor noise, Tensor action) {
   const PolicySizes s = policy_sizes(out, noise);
@@ -94,5 +97,4 @@ STABLE_TORCH_LIBRARY_IMPL(d2r_fast, CPU, m) {
   m.impl("squashed_normal_backward", TORCH_BOX(&squashed_normal_backward));
 }
 
-}  // namespace
 }  // namespace d2r_fast

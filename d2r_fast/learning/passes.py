@@ -78,10 +78,14 @@ class Network:
             kind = self._kinds[len(x)] = self._kind_for(x)
         return kind(self, x, tasks, choice, n_back)  # type: ignore[call-arg]
 
+    def runs_as_one(self, x: Tensor) -> bool:
+        """Whether a pass over rows like x is one call of `routed_network`."""
+        return isinstance(self.net, RoutedNetwork) and self.net.runs_as_one(x)
+
     def _kind_for(self, x: Tensor) -> type[Pass]:
-        if not isinstance(self.net, RoutedNetwork):
-            return _Composed
-        return _Whole if self.net.runs_as_one(x) else _Layered if _runs_layered(self.net, x) else _Composed
+        if self.runs_as_one(x):
+            return _Whole
+        return _Layered if isinstance(self.net, RoutedNetwork) and _runs_layered(self.net, x) else _Composed
 
 
 def _rows_of(choice: RouteChoice) -> int:
