@@ -1,7 +1,8 @@
 """The update that training makes: the equations of `sac.py` in a few calls, with gradients by hand instead of autograd.
 
 One pass through each network forward, one through actor and critics back, and between them one call each for the
-batch's rows, the policy's actions, all losses with their gradients, and the step of everything that is trained.
+batch's rows, the policy's actions, all losses with their gradients, and the step of everything that is trained. Where
+each pass is one call, as D2R's on the CPU, all of this but rows and step is one, too: `sac_gradient`.
 `tests/learning/test_update.py` holds it against `sac.py`.
 """
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from launches import KINDS, SUITES, CountCalls
 
-CEILING = {"cpu": 40, "gpu": 130}
+CEILING = {"cpu": 10, "gpu": 130}
 BENCH = Path(__file__).parents[2] / "benches" / "launches.py"
 
 

@@ -16,6 +16,7 @@ from d2r_fast.learning.sac import Batch, Draws, make_optimiser, update
 from d2r_fast.learning.update import Update
 from d2r_fast.ops import gumbel as gumbel_op
 from d2r_fast.ops import optimiser_step, replay_rows, sac_losses, squashed_normal
+from d2r_fast.ops.sac_gradient import sac_gradient
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 on_every_instruction_set = pytest.mark.parametrize("backend", cpp_backends(), indirect=True)
@@ -200,9 +201,10 @@ def test_rows_match_their_reference():
             lambda: (torch.randn(9, A), torch.randn(9), torch.randn(9, 2 * A), torch.randn(9, A), torch.rand(9, A)),
         ),
         (torch.ops.d2r_fast.sac_losses.default, lambda: loss_arguments(torch.float32)),
+        (torch.ops.d2r_fast.sac_gradient.default, lambda: one_call_arguments()),
         (torch.ops.d2r_fast.optimiser_step.default, lambda: without_shared_memory(step_arguments(torch.float32))),
     ],
-    ids=["gumbel", "squash", "squash_backward", "losses", "step"],
+    ids=["gumbel", "squash", "squash_backward", "losses", "one_call", "step"],
 )  # fmt: skip
 def test_schemas_say_what_is_changed(op, arguments):
     torch.library.opcheck(op, arguments(), test_utils=("test_schema", "test_faketensor"))
@@ -378,6 +380,41 @@ def test_few_rows_take_the_composed_network_and_give_the_same():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
 
 
+@on_every_instruction_set
+@dtypes
+def test_the_gradient_in_one_call_is_that_of_the_single_calls(backend, dtype):
+    agent = make_agent(backend, dtype)
+    batch, draws = make_batch(dtype, agent)
+    rows, tasks, draws = as_one_step(batch, draws, T)
+    step = Update(agent, SacConfig())
+    results = []
+    for fill in (step._fill_gradient, step._fill_gradient_in_one):
+        step.flat.gradient.fill_(float("nan"))
+        own = rows._replace(x=rows.x.clone())
+        losses = fill(own, tasks, draws)
+        results.append([losses, own.x, *(g for net in (step._actor, step._critics) for g in net.gradients)])
+        results[-1] += [step._alpha_gradient]
+        results[-1] = [tensor.clone() for tensor in results[-1]]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert step._runs_as_one(rows.x) and all(t.isfinite().all() for t in results[0])
+
+
+def one_call_arguments():
+    agent = make_agent("cpp", torch.float32)
+    batch, draws = make_batch(torch.float32, agent, per_task=20)
+    rows, tasks, draws = as_one_step(batch, draws, T)
+    nets = [
+        [parameter.detach().clone() for parameter in owner.net.in_order()]
+        for owner in (agent.actor, agent.critics, agent.target_critics)
+    ]
+    return (
+        *(rows.x, rows.reward, rows.terminal, rows.route, tasks.index, draws.noise),
+        *(draws.critic_choice.temperature, draws.critic_choice.noise, agent.log_alpha.detach().clone()),
+        *(K, True, True, "float32", 0.99, -3.0, 1e6, True, torch.zeros(T), *nets),
+        *([torch.zeros_like(parameter) for parameter in net] for net in nets[:2]),
+    )
+
+
 def test_bad_arguments_are_named():
     values, *rest = step_arguments(torch.float32)
     with pytest.raises(ValueError, match=r"first: expected shape \[70000\], got \[3\]"):
@@ -389,6 +426,16 @@ def test_bad_arguments_are_named():
     q, *others = loss_arguments(torch.float32)
     with pytest.raises(ValueError, match=r"target_q: expected .* with B a multiple of 4 tasks"):
         sac_losses.sac_losses(q, others[0][:, :-1], *others[1:])
+    x, *rest = one_call_arguments()
+    b = len(rest[0])
+    with pytest.raises(ValueError, match=rf"x: expected shape \[3, {b}, {N_OBS + A}\], got \[4, {b}, {N_OBS + A}\]"):
+        sac_gradient(torch.cat([x, x[:1]]), *rest)
+    with pytest.raises(ValueError, match=rf"task: expected shape \[{2 * b}\], got \[{b}\]"):
+        sac_gradient(x, *rest[:3], rest[3][:b], *rest[4:])
+    with pytest.raises(ValueError, match=rf"reward: expected shape \[{b}\], got \[{b - 1}\]"):
+        sac_gradient(x, rest[0][1:], *rest[1:])
+    with pytest.raises(ValueError, match=r"d_parameters: expected 16 tensors, got 15"):
+        sac_gradient(x, *rest[:-1], rest[-1][:-1])
 
 
 def test_a_bf16_agent_runs():
