@@ -125,8 +125,8 @@ class Update:
 
     def _fill_gradient_in_one(self, rows: ReplayRows, tasks: RowTasks, draws: Draws) -> Tensor:
         """The same by one call: at small sizes to make the calls takes as long as a tenth of what they do."""
-        agent, cfg, net = self.agent, self._cfg, self.agent.actor.net
-        choice = draws.critic_choice
+        agent, cfg, choice = self.agent, self._cfg, draws.critic_choice
+        net: Any = agent.actor.net  # a `RoutedNetwork`, with settings like the critics'
         return sac_gradient(
             *(rows.x, rows.reward, rows.terminal, rows.route, tasks.index, draws.noise),
             *(choice.temperature, choice.noise, choice.index, agent.log_alpha),

@@ -409,7 +409,7 @@ def one_call_arguments():
     ]
     return (
         *(rows.x, rows.reward, rows.terminal, rows.route, tasks.index, draws.noise),
-        *(draws.critic_choice.temperature, draws.critic_choice.noise, agent.log_alpha.detach().clone()),
+        *(draws.critic_choice.temperature, draws.critic_choice.noise, None, agent.log_alpha.detach().clone()),
         *(K, True, True, "float32", 0.99, -3.0, 1e6, True, torch.zeros(T), *nets),
         *([torch.zeros_like(parameter) for parameter in net] for net in nets[:2]),
     )
