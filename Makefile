@@ -30,8 +30,8 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 check: setup
-	$(BIN)/ruff check d2r_fast kernels tests benches setup.py
-	$(BIN)/ruff format --check d2r_fast kernels tests benches setup.py
+	$(BIN)/ruff check d2r_fast kernels tests benches examples setup.py
+	$(BIN)/ruff format --check d2r_fast kernels tests benches examples setup.py
 	$(BIN)/mypy
 
 # For any Python from 3.11 and any torch from 2.11. Without a compiler there is none: it would be named -any.whl.

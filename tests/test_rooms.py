@@ -23,6 +23,7 @@ ROOMS = (
     "config",
     "nets",
     "envs",
+    "nn",
     "ops kernels",  # an operation looks for its Triton kernels when it first needs them; they know its limits
     "host",
 )

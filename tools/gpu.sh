@@ -24,7 +24,7 @@ out=$(realpath "$out")
 # As an installed package has it: d2r_fast.kernels is kernels/. A copy of the tree gives that without installing.
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-cp -r d2r_fast tests benches csrc kernels setup.py README.md "$site/"
+cp -r d2r_fast tests benches examples csrc kernels setup.py README.md "$site/"
 rm -rf "$site/d2r_fast/kernels"
 cp -r kernels "$site/d2r_fast/kernels"
 cd "$site"

@@ -17,7 +17,7 @@ row=$(realpath "$row")
 # Beside the checkout's d2r_fast/, the tests would import that.
 rm -rf "$row/suite"
 mkdir "$row/suite"
-cp -r tests benches pyproject.toml "$row/suite"
+cp -r tests benches examples pyproject.toml "$row/suite"
 cd "$row/suite"
 unset PYTHONPATH
 status=0
