@@ -20,6 +20,7 @@ TRAIN = [
     "matplotlib>=3.8",
     "metaworld==3.1.1",
     "psutil>=5.9",
+    "safetensors>=0.5",
     "tensorboard>=2.16",
     "tqdm>=4.66",
     "tyro>=0.9",

@@ -14,16 +14,19 @@ USAGE = """usage: d2r COMMAND ...
                                                          the one of its checkpoints that RUN is
   d2r eval RUN_OR_CHECKPOINT [--protocol fast|published|official] [--json FILE]
                                                          success per task of a saved agent
+  d2r import ACTOR.pth [CRITIC.pth CRITIC.pth]           published checkpoints of D2R as a run directory
+  d2r export RUN_OR_CHECKPOINT [--out PREFIX] [--published]
+                                                         its policy as safetensors and JSON, or as published .pth
   d2r fidelity [--tasks TASKS] [--json FILE] [--markdown FILE]
                                                          our environments against the official package
   d2r presets                                            the presets and what they are for
   d2r info                                               versions, devices, backends and networks
 
-d2r train PRESET --help, d2r eval --help and d2r fidelity --help list every option.
+d2r COMMAND --help lists every option of train (with a PRESET), eval, import, export and fidelity.
 """
 
 # Modules of d2r_fast.commands, each with `run(args)`; only the one asked for is imported.
-COMMANDS = ("train", "eval", "fidelity", "presets", "info")
+COMMANDS = ("train", "eval", "import", "export", "fidelity", "presets", "info")
 
 
 def main(argv: list[str] | None = None) -> int:

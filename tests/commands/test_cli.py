@@ -17,6 +17,7 @@ import tiny
 import torch
 
 from d2r_fast import cli
+from d2r_fast.cli import COMMANDS
 from d2r_fast.config_json import config_to_json, load_config
 from d2r_fast.nets.kinds import NET_CONFIGS
 from d2r_fast.nets.moore import MooreConfig
@@ -349,7 +350,7 @@ def without_the_extra(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_the_training_extra_it_says_what_to_install():
-    for command in ("train", "eval", "fidelity"):
+    for command in ("train", "eval", "import", "export", "fidelity"):
         done = without_the_extra(f"from d2r_fast.cli import main; sys.exit(main(['{command}']))")
         assert done.returncode == 1
         assert re.fullmatch(
@@ -376,7 +377,7 @@ def test_the_network_needs_no_training_extra():
 def test_help():
     outcome = d2r("--help")
     assert outcome.code == 0
-    assert all(f"d2r {command}" in outcome.out for command in ("train", "eval", "fidelity", "presets", "info"))
+    assert all(f"d2r {command}" in outcome.out for command in COMMANDS)
     fields = d2r("train", "quick", "--help")
     assert fields.code == 0
     assert all(name in fields.out for name in ("--net.top-k", "--updates-per-step", "--env.tasks", "--eval.episodes"))
@@ -385,7 +386,7 @@ def test_help():
 @pytest.mark.parametrize(
     "args, message",
     [
-        ("trian", "unknown command 'trian': expected train, eval, fidelity, presets, info"),
+        ("trian", "unknown command 'trian': expected train, eval, import, export, fidelity, presets, info"),
         ("train", f"expected a preset ({PRESET_NAMES}), a config.json or --resume RUN first"),
         ("train --seed 1", "expected a preset"),
         ("train quik", f"'quik': expected a preset ({PRESET_NAMES}) or the path of a config.json"),

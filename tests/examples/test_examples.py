@@ -1,11 +1,22 @@
 """The programs of examples/, run at a small size."""
 
+import dataclasses
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny
+import torch
+
+from d2r_fast.commands.export import run as export
+from d2r_fast.nets.agent import Agent
+from d2r_fast.nets.mlp import MlpConfig
+from d2r_fast.nets.settings import NetConfigBase
+from d2r_fast.training.imported import begin_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -63,3 +74,39 @@ def test_sac_trains_an_actor_of_routed_modules(capsys, monkeypatch):
     assert all(value.isfinite().all() for value in actor.state_dict().values())
     unmoved = [name for name, value in actor.state_dict().items() if (value == before[name]).all()]
     assert unmoved == []
+
+
+def exported(tmp_path: Path, net: NetConfigBase) -> tuple[Agent, str]:
+    """A fresh agent, and where its policy was exported to."""
+    cfg, agent = dataclasses.replace(tiny.RUN, net=net), Agent(39, 4, 2, net)
+    begin_run(tmp_path / "run", cfg, agent)
+    assert export([str(tmp_path / "run")]) == 0
+    return agent, str(tmp_path / "run" / "policy")
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_an_exported_policy_acts_alike_in_plain_pytorch(tmp_path, residual):
+    net = dataclasses.replace(tiny.NET, route_widths=(8, 7), top_k=3, residual=residual)
+    agent, prefix = exported(tmp_path, net)
+    policy = program("run_policy").Policy(prefix)
+    obs, task = 3 * torch.randn(40, 39), torch.arange(40) % 2
+    with torch.no_grad():
+        torch.testing.assert_close(policy(obs, task), agent.actor.act_greedily(obs, task)[0])
+
+
+def test_it_plays_on_the_packages_environments_without_d2r_fast(tmp_path):
+    _, prefix = exported(tmp_path, tiny.NET)
+    alone = (
+        "import runpy, sys; sys.modules['d2r_fast'] = None; "
+        f"sys.argv = ['run_policy', {prefix!r}, '--episodes', '1', '--steps', '3']; "
+        f"runpy.run_path({str(EXAMPLES / 'run_policy.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["reach", "0.00"], ["drawer-close", "0.00"]]
+
+
+def test_it_refuses_another_network(tmp_path):
+    _, prefix = exported(tmp_path, MlpConfig(widths=(4,)))
+    with pytest.raises(ValueError, match=r"policy\.json: expected what d2r export writes for network d2r"):
+        program("run_policy").Policy(prefix)
