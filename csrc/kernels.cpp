@@ -1,5 +1,7 @@
 // Compiled once for every instruction set; D2R_ISA names it.
 #include "elementwise_cpu.h"
+#include "expert_sum_cpu.h"
+#include "layer_chain_cpu.h"
 #include "module_levels_cpu.h"
 #include "network_cpu.h"
 
@@ -17,6 +19,10 @@ constexpr Kernels<T> kKernels = {
     &select_routes_backward<T>,
     &network_forward<T, Products>,
     &network_backward<T, Products>,
+    &chain_forward<T, Products>,
+    &chain_backward<T, Products>,
+    &expert_sum<T>,
+    &expert_sum_backward<T>,
     &levels_forward<T, Products>,
     &levels_backward<T, Products>,
     &gates_forward<T, Products>,

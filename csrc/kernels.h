@@ -119,6 +119,39 @@ struct NetworkBackwardArgs {
   int64_t n_back, first_to_x;  // no block reaches over row first_to_x
 };
 
+// N chains of linear layers side by side in each network, which read the same rows.
+template <typename T>
+struct ChainArgs {
+  int64_t n_nets, n_layers, n_side, n_rows, n_in, n_out;  // E, L, N, B; n_in of the first layer, n_out of the last
+  const Layer<T>* layers;                                 // [E,L,N]
+  const T* x;                                             // [E,B,n_in], rows x_stride numbers apart, networks x_net
+  int64_t x_net, x_stride;
+};
+
+template <typename T>
+struct ChainForwardArgs {
+  ChainArgs<T> chain;
+  T* kept;  // what each layer but the last gives, [E N,B,row_stride] each, one after another; or null: no backward follows
+  T* y;     // [E,B,N,n_out]
+};
+
+template <typename T>
+struct ChainBackwardArgs {
+  ChainArgs<T> chain;
+  const T *kept, *y, *d_y;
+  T* d_x;  // [E,N,B,n_in], or null: not wanted
+};
+
+// y = sum_k w_k v_k over N vectors a row; or, orthogonal, of what Gram-Schmidt makes of them:
+// b_k = r_k / (|r_k| + norm_epsilon), r_k = v_k - sum_{j<k} <v_k, b_j> b_j.
+template <typename T>
+struct ExpertSumArgs {
+  int64_t n_experts, width;  // N, D
+  const T *v, *weight;       // [n,N,D] and [n,N]
+  bool orthogonal;
+  T norm_epsilon;
+};
+
 // L levels of N modules side by side: a module of the first reads u, one of a later level the ReLU of a mix of the level
 // before it, and the output is the ReLU of a mix of the last. Mix l = 1..L of target j starts at ((l - 1) N + j) N of a
 // row's G = (L - 1) N^2 + N gates.
@@ -209,6 +242,13 @@ struct Kernels {
   void (*network_forward)(const NetworkForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);
   // The same; adds to sums[2 l] the gradient of layer l's weight, to sums[2 l + 1] its bias's; all null: not wanted.
   void (*network_backward)(const NetworkBackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* const* sums);
+  // Rows first..first+n_rows of chain `net` of all E N. backward adds to sums[2 l] the gradient of the weight of its layer l,
+  // to sums[2 l + 1] its bias's; all null: not wanted.
+  void (*chain_forward)(const ChainForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);
+  void (*chain_backward)(const ChainBackwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows, T* const* sums);
+  // The first n_rows rows of what args point at: y [n,D]; from d_y, d_v [n,N,D] and d_weight [n,N].
+  void (*expert_sum)(const ExpertSumArgs<T>& args, int64_t n_rows, T* y);
+  void (*expert_sum_backward)(const ExpertSumArgs<T>& args, int64_t n_rows, const T* d_y, T* d_v, T* d_weight);
   // Rows first..first+n_rows of one network through levels of modules. backward adds to sums[2 l] the gradient of level l's
   // weights, to sums[2 l + 1] its biases'; all null: not wanted. The same for the layers of the gates.
   void (*levels_forward)(const LevelsForwardArgs<T>& args, int64_t net, int64_t first, int64_t n_rows);

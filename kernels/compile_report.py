@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import triton
 from d2r_fast.kernels import ensemble_linear, optimiser_step
+from d2r_fast.kernels.expert_sum import expert_sum_bwd_kernel, expert_sum_fwd_kernel, sum_launch
 from d2r_fast.kernels.gumbel import LAUNCH as GUMBEL_LAUNCH
 from d2r_fast.kernels.gumbel import gumbel_kernel
 from d2r_fast.kernels.layers import (
@@ -125,6 +126,10 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         for targets in (n, 1):
             yield "mix_fwd", f"N{n}-J{targets}-D{d}", "float32", mix_fwd_kernel, mix_launch(n, targets, d)
             yield "mix_bwd", f"N{n}-J{targets}-D{d}", "float32", mix_bwd_kernel, mix_launch(n, targets, d)
+    for n, d, orthogonal in ((4, 400, True), (6, 400, True), (6, 50, False)):
+        size, launch = f"N{n}-D{d}", sum_launch(n, d, orthogonal, 0.0)
+        yield "expert_sum_fwd", size, "float32", expert_sum_fwd_kernel, launch
+        yield "expert_sum_bwd", size, "float32", expert_sum_bwd_kernel, launch
     yield from cases_of_linear_layers()
     yield from cases_of_the_update()
 

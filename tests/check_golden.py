@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,12 +27,13 @@ from d2r_fast.learning.sac import Batch, Draws, losses, make_optimiser, update
 from d2r_fast.nets.care import CareConfig
 from d2r_fast.nets.film import FilmConfig
 from d2r_fast.nets.mlp import MlpConfig
-from d2r_fast.nets.moore import MooreConfig, orthogonal
+from d2r_fast.nets.moore import MooreConfig
 from d2r_fast.nets.multi_head import MultiHeadConfig
 from d2r_fast.nets.paco import PacoConfig, extreme_tasks, leave_out, reset_extreme
 from d2r_fast.nets.settings import NetConfigBase
 from d2r_fast.nets.soft_modules import SoftModules, SoftModulesConfig
 from d2r_fast.ops.backends import BACKENDS
+from d2r_fast.ops.expert_sum import expert_sum
 from d2r_fast.ops.replay_rows import ReplayRows
 from d2r_fast.ops.select_routes import Routes
 
@@ -315,19 +317,20 @@ def check_baseline(v: Vector) -> Iterator[Quantity]:
         if m["network"] == "soft_modules":
             yield from check_gates(v, net, e)
     if m["network"] == "moore":
-        features = v["aux/expert_features"].transpose(0, 1)[None]  # [1,N,B,D]
-        ours = orthogonal(features, m["norm_epsilon"])[0].transpose(0, 1)
-        yield "orthogonal_features", ours, v["aux/orthogonal_features"]
+        features = v["aux/expert_features"][None]  # [1,B,N,D]
+        for k in range(features.shape[2]):  # one after another
+            alone = torch.zeros_like(features[..., 0])
+            alone[..., k] = 1
+            ours = expert_sum(features, alone, True, m["norm_epsilon"], v.backend)[0]
+            yield f"orthogonal_features.{k}", ours, v["aux/orthogonal_features"][:, k]
 
 
 def check_gates(v: Vector, net: SoftModules, e: int) -> Iterator[Quantity]:
-    caught: list[Tensor] = []
-    hook = net.gating[-1].register_forward_hook(lambda *args: caught.append(args[-1]))
-    net(v["obs"], v["task_id"])
-    hook.remove()
     recorded = [v[f"aux/gates.{i}"] for i in range(net.cfg.n_layers)]
-    gates = net.gates(caught[0])[e].split([p[0].numel() for p in recorded], -1)
-    for i, (ours, theirs) in enumerate(zip(gates, recorded, strict=True)):
+    with mock.patch.object(net, "gates", wraps=net.gates) as gates:
+        net(v["obs"], v["task_id"])
+    found = net.gates(*gates.call_args.args)[e].split([p[0].numel() for p in recorded], -1)
+    for i, (ours, theirs) in enumerate(zip(found, recorded, strict=True)):
         yield f"network {e}: gates.{i}", ours.view(theirs.shape), theirs
 
 

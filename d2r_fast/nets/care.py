@@ -30,6 +30,7 @@ from d2r_fast.nets.layers import (
 )
 from d2r_fast.nets.network import UnroutedNetwork
 from d2r_fast.nets.settings import NetConfigBase, Role, require
+from d2r_fast.ops.expert_sum import expert_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +86,10 @@ class Care(UnroutedNetwork):
         h = self.embedding.weight.relu()  # [E,T,C]
         c = in_turn(self.context, h)  # [E,T,C]
         a = (in_turn(self.attention, c) / self.temperature).softmax(-1)  # [E,T,N]
-        v = in_turn(self.experts, x)  # [E,N,B,C]
-        mixed = torch.einsum("ebn,enbc->ebc", rows.pick(a), v)
+        v = in_turn(self.experts, x)  # [E,B,N,C]
+        mixed = expert_sum(v, rows.pick(a), backend=self.cfg.backend)  # [E,B,C]
         x = torch.cat([mixed, rows.pick(c)], -1)  # [E,B,2C]
-        return self.head(in_turn(self.torso, x, relu_behind_last=True))  # [E,B,o]
+        return in_turn([*self.torso, self.head], x)  # [E,B,o]
 
     @property
     def multiply_adds(self) -> int:

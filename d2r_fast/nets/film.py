@@ -66,7 +66,7 @@ class Film(UnroutedNetwork):
             x = gammas[..., i, None] * layer(x, relu=True) + betas[..., i, None]  # [E,B,D_e]
         v = gammas[..., -1:] * last(x) + betas[..., -1:]  # [E,B,C]
         x = torch.cat([v, rows.pick(h)], -1)  # [E,B,2C]
-        return self.head(in_turn(self.torso, x, relu_behind_last=True))  # [E,B,o]
+        return in_turn([*self.torso, self.head], x)  # [E,B,o]
 
     @property
     def multiply_adds(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from d2r_fast.nets.settings import NetConfigBase
 from d2r_fast.ops import ensemble_linear
+from d2r_fast.ops.layer_chain import layer_chain
 from d2r_fast.ops.task_linear import task_linear
 
 
@@ -54,11 +55,11 @@ class EnsembleLinear(nn.Module):
 
     def __init__(self, n_nets: int, n_in: int, n_out: int, cfg: NetConfigBase, initial: Initialiser = by_outputs):
         super().__init__()
-        self._cfg = cfg
+        self.cfg = cfg
         self.weight, self.bias = _drawn((n_nets,), n_in, n_out, initial(n_in, n_out))
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        return ensemble_linear(x, self.weight, self.bias, relu, self._cfg.backend, self._cfg.precision)
+        return ensemble_linear(x, self.weight, self.bias, relu, self.cfg.backend, self.cfg.precision)
 
 
 class LinearStack(nn.Module):
@@ -78,24 +79,19 @@ class LinearStack(nn.Module):
         equal: bool = False,
     ):
         super().__init__()
-        self._cfg = cfg
+        self.cfg = cfg
         self.weight, self.bias = _drawn((n_nets, n_layers), n_in, n_out, initial(n_in, n_out))
         if equal:
             with torch.no_grad():
                 for parameter in (self.weight, self.bias):
                     parameter.copy_(parameter[:, :1].clone().expand_as(parameter))
 
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """x [E,N,B,in], one input a layer; or [E,B,in] or [B,in], read by all N -> [E,N,B,out]."""
-        n_nets, n_layers, n_out, _ = self.weight.shape
-        cfg = self._cfg
-        if x.dim() == 3:
-            weight, bias = self.weight.flatten(1, 2), self.bias.flatten(1, 2)  # one layer of N out outputs
-            y = ensemble_linear(x, weight, bias, relu, cfg.backend, cfg.precision)
-            return y.unflatten(-1, (n_layers, n_out)).transpose(1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        """x [E,N,B,in], one input a layer; or [B,in], read by all -> [E,N,B,out]."""
         weight, bias = self.weight.flatten(0, 1), self.bias.flatten(0, 1)  # E N networks
         own = x if x.dim() == 2 else x.flatten(0, 1)
-        return ensemble_linear(own, weight, bias, relu, cfg.backend, cfg.precision).unflatten(0, (n_nets, n_layers))
+        y = ensemble_linear(own, weight, bias, False, self.cfg.backend, self.cfg.precision)
+        return y.unflatten(0, self.weight.shape[:2])
 
 
 class Table(nn.Module):
@@ -121,12 +117,10 @@ def linear_layers(
 
 
 def in_turn(layers: Iterable[nn.Module], x: Tensor, relu_behind_last: bool = False) -> Tensor:
-    """x through the layers, with a ReLU between them and, if asked for, behind the last."""
-    *hidden, last = layers
-    for layer in hidden:
-        x = layer(x, relu=True)
-    y: Tensor = last(x, relu=relu_behind_last)
-    return y
+    """`layer_chain` over layers, or over stacks of them."""
+    layers = list(layers)
+    cfg: NetConfigBase = layers[0].cfg  # type: ignore[assignment]  # every layer here has one
+    return layer_chain(x, weights_and_biases(layers), relu_behind_last, cfg.backend, cfg.precision)
 
 
 def weights_and_biases(layers: Iterable[nn.Module]) -> list[Tensor]:

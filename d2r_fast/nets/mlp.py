@@ -45,7 +45,7 @@ class Mlp(UnroutedNetwork):
 
     def equations(self, x: Tensor, rows: TaskRows) -> Tensor:
         x = torch.cat([x, rows.onehot(x.dtype)], -1)  # [B,O+T]
-        return self.head(in_turn(self.layers, x, relu_behind_last=True))  # [E,B,o]
+        return in_turn([*self.layers, self.head], x)  # [E,B,o]
 
     @property
     def multiply_adds(self) -> int:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from d2r_fast.nets.layers import LinearStack, Table, TaskRows, by_inputs, in_turn, multiply_adds, uniform, xavier
 from d2r_fast.nets.network import UnroutedNetwork
 from d2r_fast.nets.settings import NetConfigBase, Role, require
+from d2r_fast.ops.expert_sum import expert_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,27 +68,10 @@ class Moore(UnroutedNetwork):
 
     def equations(self, x: Tensor, rows: TaskRows) -> Tensor:
         w = rows.pick(self.task.weight.mT)  # [E,B,N]
-        v = in_turn(self.experts, x)  # [E,N,B,D]
-        b = orthogonal(v, self.norm_epsilon)
-        y = torch.einsum("ebn,enbd->ebd", w, b).tanh()
+        v = in_turn(self.experts, x)  # [E,B,N,D]
+        y = expert_sum(v, w, True, self.norm_epsilon, self.cfg.backend).tanh()  # [E,B,D]
         return rows.linear(y, self.heads.weight, self.heads.bias, self.cfg)  # [E,B,o]
 
     @property
     def multiply_adds(self) -> int:
         return self.n_experts * multiply_adds(*self.experts) + multiply_adds(self.heads)
-
-
-def orthogonal(v: Tensor, norm_epsilon: float) -> Tensor:
-    """Classical Gram-Schmidt, in each row for itself: v [E,N,B,D] -> N vectors of length 1, each without the directions
-    of those before it.
-
-        b_0 = v_0 / (|v_0| + eps)
-        b_i = r_i / (|r_i| + eps),  r_i = v_i - sum_{j<i} <v_i, b_j> b_j
-    """
-    basis: list[Tensor] = []
-    for v_i in v.unbind(1):
-        r = v_i
-        for b in basis:
-            r = r - (v_i * b).sum(-1, keepdim=True) * b
-        basis.append(r / (torch.linalg.vector_norm(r, dim=-1, keepdim=True) + norm_epsilon))
-    return torch.stack(basis, 1)

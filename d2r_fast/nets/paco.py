@@ -67,19 +67,20 @@ class PaCo(UnroutedNetwork):
         w = self.task.weight.mT + self.task.bias[:, None]  # [E,T,N], of any sign
         mixed = self._composed if rows.in_task_order else self._mixed
         for stack in self.layers:
-            x = mixed(x, w, cast(LinearStack, stack), rows).relu()  # [E,B,D]
+            x = mixed(x, w, cast(LinearStack, stack), rows, relu=True)  # [E,B,D]
         return mixed(x, w, self.head, rows)
 
-    def _mixed(self, x: Tensor, w: Tensor, stack: LinearStack, rows: TaskRows) -> Tensor:
+    def _mixed(self, x: Tensor, w: Tensor, stack: LinearStack, rows: TaskRows, relu: bool = False) -> Tensor:
         """As written: all N layers for every row, then their sum."""
         own = x if x.dim() == 2 else x[:, None].expand(-1, w.shape[-1], -1, -1)
-        return torch.einsum("ebn,enbo->ebo", rows.pick(w), stack(own))
+        y = torch.einsum("ebn,enbo->ebo", rows.pick(w), stack(own))
+        return y.relu() if relu else y
 
-    def _composed(self, x: Tensor, w: Tensor, stack: LinearStack, rows: TaskRows) -> Tensor:
+    def _composed(self, x: Tensor, w: Tensor, stack: LinearStack, rows: TaskRows, relu: bool = False) -> Tensor:
         """The same with one matrix a task, sum_n w_tn W_n, over that task's rows: N times less arithmetic."""
         weight = torch.einsum("etn,enoi->etoi", w, stack.weight)
         bias = torch.einsum("etn,eno->eto", w, stack.bias)
-        return rows.linear(x, weight, bias, self.cfg)
+        return rows.linear(x, weight, bias, self.cfg, relu)
 
     @property
     def multiply_adds(self) -> int:

@@ -13,6 +13,7 @@ from d2r_fast.ops.arguments import require_tensor, under_autocast
 from d2r_fast.ops.backends import Backend, Precision, check_precision, choose_backend
 from d2r_fast.ops.contract import Run, define, differentiable, launcher
 from d2r_fast.ops.ensemble_linear import FEWEST_ROWS
+from d2r_fast.ops.layer_lists import gradients_like, require_layers, require_like
 from d2r_fast.ops.reference import module_levels as reference
 from d2r_fast.ops.select_routes import MAX_MODULES
 
@@ -43,13 +44,13 @@ def module_levels(
     check_precision(precision)
     if u.dim() != 3:
         raise ValueError(f"u: expected [E,B,H], got {list(u.shape)}")
-    _require_layers(parameters, 4)
+    require_layers(parameters, (4,))
     n_nets, rows, n_in = u.shape
     n_modules, width = parameters[0].shape[1:3]
     for i, parameter in enumerate(parameters):
         shape = [n_nets, n_modules, width, *([n_in if i == 0 else width] if i % 2 == 0 else [])]
-        _require_like(f"parameters[{i}]", parameter, shape, u)
-    _require_like("gate", gate, [n_nets, rows, (len(parameters) // 2 - 1) * n_modules**2 + n_modules], u)
+        require_like(f"parameters[{i}]", parameter, shape, u)
+    require_like("gate", gate, [n_nets, rows, (len(parameters) // 2 - 1) * n_modules**2 + n_modules], u)
     chosen = _choose(backend, u, parameters[0], max(n_in, width), precision)
     if chosen == "reference":
         return reference.module_levels(u, gate, parameters, precision)
@@ -85,7 +86,7 @@ def level_gates(
         raise ValueError(f"n_modules: expected 1..{MAX_MODULES}, got {n_modules}")
     if c.dim() != 3:
         raise ValueError(f"c: expected [E,B,C], got {list(c.shape)}")
-    _require_layers(parameters, 3)
+    require_layers(parameters, (3,))
     if len(parameters) % 4 != 2:
         raise ValueError(f"parameters: expected an odd number of layers, got {len(parameters) // 2}")
     n_nets, _, n_in = c.shape
@@ -94,8 +95,8 @@ def level_gates(
         level = (i + 1) // 2  # from 0
         of_scale = i % 2 == 1
         out = n_in if of_scale else square if level < n_levels - 1 else n_modules
-        _require_like(f"parameters[{2 * i}]", parameters[2 * i], [n_nets, out, level * square if of_scale else n_in], c)
-        _require_like(f"parameters[{2 * i + 1}]", parameters[2 * i + 1], [n_nets, out], c)
+        require_like(f"parameters[{2 * i}]", parameters[2 * i], [n_nets, out, level * square if of_scale else n_in], c)
+        require_like(f"parameters[{2 * i + 1}]", parameters[2 * i + 1], [n_nets, out], c)
     widest = max(n_in, square if n_levels > 1 else n_modules, (n_levels - 1) * square)
     chosen = _choose(backend, c, parameters[0], widest, precision)
     if chosen != "cpp":
@@ -103,30 +104,6 @@ def level_gates(
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in (c, *parameters))
     p: Tensor = _run_gates(chosen, c, n_modules, precision, keep, list(parameters))[0]
     return p
-
-
-def _require_layers(parameters: Sequence[Tensor], weight_dim: int) -> None:
-    """Tensors, two a layer, the first a weight of as many axes, whatever their sizes."""
-    if not hasattr(parameters, "__getitem__") or isinstance(parameters, Tensor):
-        raise TypeError(f"parameters: expected a sequence of tensors, got {type(parameters).__name__}")
-    for i, parameter in enumerate(parameters):
-        require_tensor(f"parameters[{i}]", parameter, "float")
-    if len(parameters) < 2 or len(parameters) % 2 or parameters[0].dim() != weight_dim or 0 in parameters[0].shape[1:]:
-        raise ValueError(
-            f"parameters: expected weight and bias of every layer, the first weight with {weight_dim} axes, got shapes "
-            f"{[list(p.shape) for p in parameters]}"
-        )
-
-
-def _require_like(name: str, value: Tensor, shape: list[int], like: Tensor) -> None:
-    if list(value.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
-    # Autocast brings these to one dtype, and leaves float64 alone.
-    mixed = under_autocast(like) and torch.float64 not in (like.dtype, value.dtype)
-    if value.dtype != like.dtype and not mixed:
-        raise ValueError(f"{name}: expected {like.dtype}, got {value.dtype}")
-    if value.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
 
 
 def _choose(backend: Backend, x: Tensor, weight: Tensor, width: int, precision: Precision) -> str:
@@ -197,7 +174,7 @@ def _differentiate_levels(backward: Run, ctx: Any, d_y: Tensor | None, *_: None)
     parameters, saved = ctx.saved_tensors[: ctx.n_parameters], ctx.saved_tensors[ctx.n_parameters :]
     if d_y is None:
         return (None,) * 4 + ([None] * len(parameters),)
-    d_parameters = [p.new_empty(p.shape) for p in parameters] if ctx.to_parameters else []
+    d_parameters = gradients_like(parameters, ctx.to_parameters)
     d_u, d_gate = backward(d_y, *saved, ctx.precision, parameters, d_parameters)
     return d_u, d_gate, None, None, d_parameters or [None] * len(parameters)
 
@@ -206,7 +183,7 @@ def _differentiate_gates(backward: Run, ctx: Any, d_p: Tensor | None, *_: None) 
     parameters, saved = ctx.saved_tensors[: ctx.n_parameters], ctx.saved_tensors[ctx.n_parameters :]
     if d_p is None:
         return (None,) * 4 + ([None] * len(parameters),)
-    d_parameters = [p.new_empty(p.shape) for p in parameters] if ctx.to_parameters else []
+    d_parameters = gradients_like(parameters, ctx.to_parameters)
     d_c = backward(d_p, *saved, ctx.n_modules, ctx.precision, parameters, d_parameters)
     return d_c, None, None, None, d_parameters or [None] * len(parameters)
 

@@ -16,7 +16,7 @@ from d2r_fast.nets.d2r import NetConfig
 from d2r_fast.nets.film import FilmConfig
 from d2r_fast.nets.kinds import NET_CONFIGS
 from d2r_fast.nets.mlp import MlpConfig
-from d2r_fast.nets.moore import MooreConfig, orthogonal
+from d2r_fast.nets.moore import MooreConfig
 from d2r_fast.nets.multi_head import MultiHeadConfig
 from d2r_fast.nets.paco import PacoConfig, extreme_tasks, leave_out, reset_extreme
 from d2r_fast.nets.soft_modules import SoftModulesConfig
@@ -312,20 +312,7 @@ def test_a_backend_that_cannot_run_is_refused(cfg):
     cfg.check_runs_on(torch.device("cpu"))
 
 
-# MOORE and PaCo's own
-
-
-@given(n=st.integers(1, 5), rows=st.integers(1, 4), seed=st.integers(0, 2**16))
-def test_orthogonal_features_are_orthonormal_and_span_the_same(n, rows, seed):
-    torch.manual_seed(seed)
-    v = torch.randn(2, n, rows, 6, dtype=torch.float64)
-    b = orthogonal(v, 0.0)
-    dots = torch.einsum("eibd,ejbd->ebij", b, b)
-    torch.testing.assert_close(dots, torch.eye(n, dtype=torch.float64).expand_as(dots), rtol=0, atol=1e-6)
-    # v_i has no part beyond b_0..b_i, and a positive one along b_i.
-    along = torch.einsum("eibd,ejbd->ebij", v, b)
-    torch.testing.assert_close(torch.einsum("ebij,ejbd->eibd", along.tril(), b), v, rtol=0, atol=1e-6)
-    assert (along.diagonal(dim1=-2, dim2=-1) > 0).all()
+# PaCo's own
 
 
 def test_extreme_tasks_are_left_out_and_reset():
