@@ -22,7 +22,16 @@ for path in (PACKAGE / "ops").glob("*.py"):
 NAMES = sorted(
     name.removeprefix("d2r_fast::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("d2r_fast::")
 )
-DIFFERENTIABLE = ("ensemble_linear", "routed_modules", "routed_network", "select_routes")
+DIFFERENTIABLE = (
+    "ensemble_linear",
+    "expert_sum",
+    "layer_chain",
+    "level_gates",
+    "module_levels",
+    "routed_modules",
+    "routed_network",
+    "select_routes",
+)
 ON_GPU = [f"{name}{way}" for name in ("routed_modules", "select_routes") for way in ("", "_backward")]
 
 
