@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launches import KINDS, SUITES, CountCalls
+from d2r_fast.kernels.launches import KINDS, SUITES, RecordCalls
 
 CEILING = {"cpu": 10, "gpu": 130}
 BENCH = Path(__file__).parents[2] / "benches" / "launches.py"
@@ -16,15 +16,26 @@ BENCH = Path(__file__).parents[2] / "benches" / "launches.py"
 
 def test_views_and_memory_are_no_work():
     x = torch.randn(4, 6)
-    with CountCalls(pretends=False) as counter:
+    with RecordCalls(pretends=False) as recorder:
         y = torch.empty(6, 4).copy_(x.mT.detach()[:])
         torch.bmm(x[None], y.expand(1, 6, 4)).squeeze(0).add_(torch.rand(4))
-    assert dict(counter.calls) == {
-        ("other", "copy_"): 1,
-        ("product", "bmm"): 1,
-        ("other", "add_"): 1,
-        ("random", "rand"): 1,
-    }
+    assert [(call.kind, call.name) for call in recorder.calls] == [
+        ("other", "copy_"),
+        ("product", "bmm"),
+        ("random", "rand"),
+        ("other", "add_"),
+    ]
+
+
+def test_memory_is_told_by_what_it_holds():
+    x = torch.randn(4, 6)
+    with RecordCalls(pretends=False) as recorder:
+        x[1:, :2].add_(x.view(-1)[:2])
+    (call,) = recorder.calls
+    part, row = call.arguments["self"], call.arguments["other"]
+    assert (part.begin, part.end, part.n_bytes) == (6 * 4, (18 + 2) * 4, 6 * 4)
+    assert (row.storage, row.begin, row.end) == (part.storage, 0, 8)
+    assert call.results == [part]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what a GPU would do where there is none")
