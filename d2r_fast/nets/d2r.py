@@ -86,7 +86,7 @@ class NetConfig(NetConfigBase):
 
     @property
     def widest(self) -> int:
-        # The layers around the modules run on `cpp` where it is asked for, but never on Triton.
+        # Triton's kernels of the layers around the modules take any width.
         around = (self.base_width, *self.route_widths) if self.backend == "cpp" else ()
         return max((self.module_width, *around))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from d2r_fast.ops.arguments import require_flag, require_tensor, under_autocast
 from d2r_fast.ops.backends import Backend, Precision, check_precision, choose_backend
-from d2r_fast.ops.contract import Run, define, differentiable
+from d2r_fast.ops.contract import Run, define, differentiable, launcher
 from d2r_fast.ops.reference.products import RoundedLinear
 
 # Below this many rows over all networks, packing the weights would cost more than the product gains.
@@ -26,10 +26,10 @@ def ensemble_linear(
 
     x         [E,B,in] float, or [B,in] for all networks alike
     weight    [E,out,in], bias [E,out]; dtype and device of x
-    backend   "auto": the fastest that can run here; a GPU's is torch's own product, which reference means too
+    backend   "auto": the fastest that can run here; "reference": torch's own product
     precision see `d2r_fast.ops.backends`
 
-    Returns [E,B,out]. Differentiable once on `cpp` and in bf16. Under autocast it is torch's own product.
+    Returns [E,B,out]. Differentiable once on `cpp` and `triton`, and in bf16. Under autocast it is torch's own product.
     ValueError: shapes, dtypes or devices disagree, or the backend cannot run. TypeError: an argument of another kind.
     """
     require_tensor("x", x, "float")
@@ -37,12 +37,11 @@ def ensemble_linear(
     n_nets, n_out, n_in = _check(x, weight, bias, autocast)
     require_flag("relu", relu)
     check_precision(precision)
-    few = backend == "auto" and n_nets * x.shape[-2] < FEWEST_ROWS
+    on_gpu = backend == "triton" or not x.is_cpu  # whose kernels take any width
+    few = backend == "auto" and not on_gpu and n_nets * x.shape[-2] < FEWEST_ROWS
     # Under autocast x is what the layer before made, bf16 perhaps: whether the backend can run depends on the weight.
-    chosen = choose_backend(
-        backend, weight if autocast else x, 0 if backend == "triton" else max(n_in, n_out), precision
-    )
-    if chosen != "cpp" or few or autocast:
+    chosen = choose_backend(backend, weight if autocast else x, 0 if on_gpu else max(n_in, n_out), precision)
+    if chosen == "reference" or few or autocast:
         rows = x.expand(n_nets, *x.shape) if x.dim() == 2 else x
         if precision == "bf16" and not autocast:
             return RoundedLinear.apply(rows, weight, bias, relu, precision)
@@ -78,10 +77,12 @@ def _gradient_shapes(d_y: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tupl
     return x.new_empty(x.shape if to_x else 0), d_weight, d_bias
 
 
+_launchers = launcher("ensemble_linear", "forward"), launcher("ensemble_linear", "backward")
 _forward = define(
     "ensemble_linear(Tensor x, Tensor weight, Tensor bias, bool relu, str precision) -> Tensor",
     None,
     lambda x, weight, *_: x.new_empty(weight.shape[0], x.shape[-2], weight.shape[1]),
+    _launchers[0],
 )
 # Gradients that are not wanted come empty.
 _backward = define(
@@ -89,6 +90,7 @@ _backward = define(
     "bool to_weight) -> (Tensor d_x, Tensor d_weight, Tensor d_bias)",
     None,
     _gradient_shapes,
+    _launchers[1],
 )
 
 
@@ -103,4 +105,4 @@ def _differentiate(backward: Run, ctx: Any, d_y: Tensor) -> tuple[Tensor | None,
     return d_x if to_x else None, *(to_layer if to_weight else (None, None)), None, None
 
 
-_run = differentiable(_forward, _backward, _save, _differentiate)
+_run = differentiable(_forward, _backward, _save, _differentiate, _launchers)

@@ -28,7 +28,7 @@ def layer_chain(
                 side by side in each network, which all read x; dtype and device of x
     backend, precision  as in `ensemble_linear`, of which it is a chain on every backend but `cpp`
 
-    Returns [E,B,out], or [E,B,N,out]. Differentiable once on `cpp`.
+    Returns [E,B,out], or [E,B,N,out]. Differentiable once on `cpp` and `triton`.
     ValueError: shapes, dtypes or devices disagree, or the backend cannot run. TypeError: an argument of another kind.
     """
     require_tensor("x", x, "float")

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from d2r_fast.ops import ensemble_linear
+from d2r_fast.ops.backends import INTERPRETED
 from d2r_fast.ops.cpp.library import instruction_sets, use_instruction_set
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -146,6 +147,16 @@ def test_opcheck_and_compile():
     torch.library.opcheck(torch.ops.d2r_fast.ensemble_linear.default, (*shared, False, "float32"))
     compiled = torch.compile(ensemble_linear, fullgraph=True, backend="aot_eager")
     assert_agrees(results(partial(compiled, backend="cpp"), leaves, True), results(plain, leaves, True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tests/gpu has the GPU's")
+@pytest.mark.parametrize("needs", [(0,), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_triton_matches_torch(shared, needs):
+    leaves = make_case(2, 20, 43, 33, shared)
+    op = partial(ensemble_linear, backend="triton")
+    assert "Eager" in type(op(*leaves).grad_fn).__name__  # our kernels, not torch's product
+    assert_agrees(results(op, leaves, True, needs=needs), results(plain, leaves, True, needs=needs))
 
 
 def test_few_rows_take_torchs_product_unless_told():
