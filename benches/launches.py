@@ -19,9 +19,7 @@ from timing import print_table, write_report
 from update_step import make_learner
 
 from d2r_fast.config import RunConfig
-from d2r_fast.ops.backends import INTERPRETED
-
-PATHS = ("cpu", "gpu")
+from d2r_fast.ops.backends import INTERPRETED, PRECISIONS
 
 
 def calls_on_cpu(cfg: RunConfig) -> list[Call]:
@@ -33,10 +31,10 @@ def calls_on_cpu(cfg: RunConfig) -> list[Call]:
     return recorder.calls
 
 
-def as_row(suite: str, path: str, made: Iterable[Call]) -> dict[str, Any]:
+def as_row(suite: str, path: str, precision: str, made: Iterable[Call]) -> dict[str, Any]:
     """One line of the report: calls by kind, their sum, and by name, the most frequent first."""
     calls = Counter((call.kind, call.name) for call in made)
-    row: dict[str, Any] = {"suite": suite, "path": path}
+    row: dict[str, Any] = {"suite": suite, "path": path, "precision": precision}
     row |= {kind: sum(n for (of, _), n in calls.items() if of == kind) for kind in KINDS}
     return row | {"total": calls.total(), "calls": {name: n for (_, name), n in calls.most_common()}}
 
@@ -49,9 +47,9 @@ def main() -> None:
         parser.error("TRITON_INTERPRET is set, under which no kernel is launched")
     rows = []
     for suite in SUITES:
-        cfg = suite_config(suite, "float32")
-        for path, calls in zip(PATHS, (calls_on_cpu, calls_on_gpu), strict=True):
-            rows.append(as_row(suite, path, calls(cfg)))
+        rows.append(as_row(suite, "cpu", "float32", calls_on_cpu(suite_config(suite, "float32"))))
+        for precision in PRECISIONS:
+            rows.append(as_row(suite, "gpu", precision, calls_on_gpu(suite_config(suite, precision))))
     print_table(rows, [column for column in rows[0] if column != "calls"])
     write_report(args.json, "python " + " ".join(["benches/launches.py", *sys.argv[1:]]), "cpu", rows)
 

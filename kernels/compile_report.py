@@ -19,17 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from d2r_fast.kernels import ensemble_linear, optimiser_step
+from d2r_fast.kernels import ensemble_linear, network_gradient, optimiser_step
 from d2r_fast.kernels.expert_sum import expert_sum_bwd_kernel, expert_sum_fwd_kernel, sum_launch
 from d2r_fast.kernels.gumbel import LAUNCH as GUMBEL_LAUNCH
 from d2r_fast.kernels.gumbel import gumbel_kernel
-from d2r_fast.kernels.layers import (
-    BIAS_LAUNCH,
-    ELEMENTS_LAUNCH,
-    bias_gradient_kernel,
-    split_base_bwd_kernel,
-    split_base_kernel,
-)
+from d2r_fast.kernels.layers import ELEMENTS_LAUNCH, split_base_bwd_kernel, split_base_kernel
 from d2r_fast.kernels.module_levels import mix_bwd_kernel, mix_fwd_kernel, mix_launch
 from d2r_fast.kernels.replay_rows import replay_rows_kernel, rows_launch
 from d2r_fast.kernels.routed_modules import routed_modules_bwd_kernel, routed_modules_fwd_kernel
@@ -63,7 +57,7 @@ ALIGNED = ("n_weights", "n_biases", "n", "targets_begin", "n_targets")
 """Whole numbers that the launcher finds to be multiples of 16 at every size here."""
 TYPES = {
     "*i32": ("index_ptr", "given_ptr", "active_ptr", "list_ptr"),
-    "*i64": ("size_ptr", "step_ptr", "table_ptr", "order_ptr", "place_ptr"),
+    "*i64": ("size_ptr", "step_ptr", "table_ptr", "order_ptr", "place_ptr", "task_ptr"),
     "*u8": ("route_ptr", "routes_ptr"),
     "*i1": ("opened_ptr", "flow_ptr", "ended_ptr"),
     "*fp64": ("share_ptr", "corrections_ptr"),
@@ -101,7 +95,8 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
             backward = walk_launch("routed_modules_bwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
             yield "routed_modules_fwd", size, precision, routed_modules_fwd_kernel, forward
             yield "routed_modules_bwd", size, precision, routed_modules_bwd_kernel, backward
-            yield "weight_gradient", size, precision, weight_gradient_kernel, gradient_launch(precision, n, k, d, ROWS)
+            launch = gradient_launch(precision, n, k, d, ROWS) | {"STEP": 2}
+            yield "weight_gradient", size, precision, weight_gradient_kernel, launch
         shared = route_launch(n, k)
         unused: dict[str, dict[str, Any]] = {
             "greedy": {"temperature_ptr": None, "noise_ptr": None, "given_ptr": None},
@@ -119,9 +114,9 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS)["SPLIT_ROWS"])
     reduce = {"N_SPLITS": n_splits} | REDUCE_LAUNCH
     yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
-    yield "split_base", "any", "float32", split_base_kernel, ELEMENTS_LAUNCH
-    yield "split_base_bwd", "H400", "float32", split_base_bwd_kernel, {"H": 400} | ELEMENTS_LAUNCH
-    yield "bias_gradient", "B1280", "float32", bias_gradient_kernel, {"N_ROWS": 1280} | BIAS_LAUNCH
+    split = {"H": 400, "T": 10} | ELEMENTS_LAUNCH
+    yield "split_base", "H400", "float32", split_base_kernel, split
+    yield "split_base_bwd", "H400", "float32", split_base_bwd_kernel, split
     for n, d in ((4, 128), (2, 256)):
         for targets in (n, 1):
             yield "mix_fwd", f"N{n}-J{targets}-D{d}", "float32", mix_fwd_kernel, mix_launch(n, targets, d)
@@ -135,7 +130,8 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
 
 
 def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
-    """As `cases`: the linear layers around the modules, of the critics as published; and one of a single output."""
+    """As `cases`: the linear layers around the modules, of the critics as published; and one of a single output. The
+    first layer as the operation runs it, whose networks share x, the others as an update does."""
     kernels = {
         "fwd": ensemble_linear.ensemble_linear_fwd_kernel,
         "bwd": ensemble_linear.ensemble_linear_bwd_kernel,
@@ -145,8 +141,14 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
         for precision in PRECISIONS:
             for name, kernel in kernels.items():
                 launch = ensemble_linear.linear_launch(name, precision, n_in, n_out, ROWS)
-                flags = {"SHARED": n_in == N_OBS + N_ACTIONS, "RELU": n_out > 1} | ({"E": 2} if name == "bwd" else {})
+                shared = n_in == N_OBS + N_ACTIONS
+                flags: dict[str, Any] = {"SHARED": shared, "RELU": n_out > 1}
+                flags |= {"place_ptr": None} if shared and name != "gradient" else {}
+                flags |= {"bwd": {"E": 2, "FIRST": 0, "STEP": 1}, "fwd": {"X_STRIDE": n_in}}.get(name, {})
                 yield f"ensemble_linear_{name}", f"{n_in}to{n_out}", precision, kernel, launch | flags
+    for precision in PRECISIONS:
+        launch = network_gradient.gradient_launch(precision, ROWS)
+        yield "network_gradient", "any", precision, network_gradient.network_gradient_kernel, launch
 
 
 def cases_of_the_update() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:

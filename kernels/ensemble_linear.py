@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from d2r_fast.kernels.settings import FUSED, check_dtype, packed
-from d2r_fast.kernels.tiles import rounded_product
+from d2r_fast.kernels.tiles import place_of, rounded_product
 from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_reduce_kernel
 from torch import Tensor
 
@@ -34,23 +34,33 @@ TILES = {
 
 @triton.jit(do_not_specialize=["n_rows"])
 def ensemble_linear_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, n_rows,
-    N_IN: tl.constexpr, N_OUT: tl.constexpr, SHARED: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, place_ptr, n_rows,
+    N_IN: tl.constexpr, N_OUT: tl.constexpr, X_STRIDE: tl.constexpr, SHARED: tl.constexpr, RELU: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(B, BLOCK_ROWS), cdiv(out, BLOCK_OUT), E); a program owns one tile of y [E,B,out], written once."""
+    """Grid (cdiv(B, BLOCK_ROWS), cdiv(out, BLOCK_OUT), E); a program owns one tile of y [E,B,out], written once.
+
+    Rows of x lie X_STRIDE numbers apart. place [E,3]: where each network's weight, bias and x begin; None: they stand
+    one behind another.
+    """
     net = tl.program_id(2).to(tl.int64)
     row, inside = _block(tl.program_id(0), n_rows, BLOCK_ROWS)
     out, exists = _block(tl.program_id(1), N_OUT, BLOCK_OUT)
-    x_ptr += 0 if SHARED else net * n_rows * N_IN
-    weight_ptr += net * N_OUT * N_IN
+    if place_ptr is None:
+        x_ptr += 0 if SHARED else net * n_rows * X_STRIDE
+        weight_ptr += net * N_OUT * N_IN
+        bias_ptr += net * N_OUT
+    else:
+        x_ptr += place_of(place_ptr, net, 2, X_STRIDE)
+        weight_ptr += place_of(place_ptr, net, 0, N_IN)
+        bias_ptr += place_of(place_ptr, net, 1, N_OUT)
     z = tl.zeros((BLOCK_ROWS, BLOCK_OUT), y_ptr.dtype.element_ty)
     for start in range(0, N_IN, BLOCK_DEPTH):
         feature = start + tl.arange(0, BLOCK_DEPTH)
-        x = _load(x_ptr, row, inside, feature, N_IN)
-        weight = _load(weight_ptr, out, exists, feature, N_IN)
+        x = _load(x_ptr, row, inside, feature, N_IN, X_STRIDE)
+        weight = _load(weight_ptr, out, exists, feature, N_IN, N_IN)
         z = rounded_product(x, tl.trans(weight), z, PRECISION)
-    z += tl.load(bias_ptr + net * N_OUT + out, mask=exists, other=0.0)[None, :]
+    z += tl.load(bias_ptr + out, mask=exists, other=0.0)[None, :]
     if RELU:
         z = tl.where(z <= 0, 0.0, z)  # a NaN stays: a diverged network must show
     at = ((net * n_rows + row) * N_OUT)[:, None] + out[None, :]
@@ -59,22 +69,25 @@ def ensemble_linear_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def ensemble_linear_bwd_kernel(
-    d_y_ptr, weight_ptr, y_ptr, d_x_ptr, n_rows,
-    E: tl.constexpr, N_IN: tl.constexpr, N_OUT: tl.constexpr, SHARED: tl.constexpr, RELU: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+    d_y_ptr, weight_ptr, y_ptr, d_x_ptr, place_ptr, n_rows,
+    E: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, N_IN: tl.constexpr, N_OUT: tl.constexpr,
+    SHARED: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_ROWS), cdiv(in, BLOCK_IN), E, or 1 where all networks share x); a program owns one tile of
-    d_x, written once. Networks that share x are summed first to last, within the program."""
+    d_x, written once. Networks that share x are summed first to last, within the program: E of them, from FIRST on each
+    STEP-th. place as in the forward kernel, of which x's part is not read."""
     row, inside = _block(tl.program_id(0), n_rows, BLOCK_ROWS)
     feature, exists = _block(tl.program_id(1), N_IN, BLOCK_IN)
     d_x = tl.zeros((BLOCK_ROWS, BLOCK_IN), d_x_ptr.dtype.element_ty)
     own = tl.program_id(2).to(tl.int64)
     for other in range(E if SHARED else 1):
-        net = own + other
+        net = own + FIRST + other * STEP
+        weight_at = net * N_OUT * N_IN if place_ptr is None else place_of(place_ptr, net, 0, N_IN)
         for start in range(0, N_OUT, BLOCK_DEPTH):
             out = start + tl.arange(0, BLOCK_DEPTH)
             d_z = _load_d_z(d_y_ptr, y_ptr, net * n_rows * N_OUT, row, inside, out, N_OUT, RELU)
-            weight = _load(weight_ptr + net * N_OUT * N_IN, out, out < N_OUT, feature, N_IN)
+            weight = _load(weight_ptr + weight_at, out, out < N_OUT, feature, N_IN, N_IN)
             d_x = rounded_product(d_z, weight, d_x, PRECISION)
     at = ((own * n_rows + row) * N_IN)[:, None] + feature[None, :]
     tl.store(d_x_ptr + at, d_x, mask=inside[:, None] & exists[None, :])
@@ -101,7 +114,7 @@ def ensemble_linear_gradient_kernel(
     for start in range(0, SPLIT_ROWS, BLOCK_DEPTH):
         row, inside = _block(0, n_rows, BLOCK_DEPTH, split * SPLIT_ROWS + start)
         d_z = _load_d_z(d_y_ptr, y_ptr, net * n_rows * N_OUT, row, inside, out, N_OUT, RELU)
-        x = _load(x_ptr, row, inside, feature, N_IN)
+        x = _load(x_ptr, row, inside, feature, N_IN, N_IN)
         d_weight = rounded_product(tl.trans(d_z), x, d_weight, PRECISION)
         of_bias += d_z
     part = split.to(tl.int64) * tl.num_programs(2) + net
@@ -119,23 +132,23 @@ def _block(tile, n, BLOCK: tl.constexpr, begin=0):
 
 
 @triton.jit
-def _load(ptr, first, exists, second, WIDTH: tl.constexpr):
+def _load(ptr, first, exists, second, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
     """Rows `first`, columns `second` of a matrix of that width; 0 where there are none."""
     mask = exists[:, None] & (second < WIDTH)[None, :]
-    return tl.load(ptr + (first * WIDTH)[:, None] + second[None, :], mask=mask, other=0.0)
+    return tl.load(ptr + (first * STRIDE)[:, None] + second[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _load_d_z(d_y_ptr, y_ptr, network, row, inside, out, N_OUT: tl.constexpr, RELU: tl.constexpr):
     """The gradient in front of the ReLU, [rows,outs]: d_y where y is above 0."""
-    d_z = _load(d_y_ptr + network, row, inside, out, N_OUT)
+    d_z = _load(d_y_ptr + network, row, inside, out, N_OUT, N_OUT)
     if RELU:
-        d_z = tl.where(_load(y_ptr + network, row, inside, out, N_OUT) > 0, d_z, 0.0)
+        d_z = tl.where(_load(y_ptr + network, row, inside, out, N_OUT, N_OUT) > 0, d_z, 0.0)
     return d_z
 
 
 def linear_launch(kernel: str, precision: str, n_in: int, n_out: int, n_rows: int) -> dict[str, Any]:
-    """Constants and options of "fwd", "bwd" or "gradient", all but E, SHARED and RELU.
+    """Constants and options of "fwd", "bwd" or "gradient", all but RELU and what says which networks share what.
 
     SPLIT_ROWS: about eight splits fill the device, and more would only add partial sums.
     """
@@ -170,8 +183,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, precision: str)
         launch = linear_launch("fwd", precision, n_in, n_out, n_rows)
         grid = triton.cdiv(n_rows, launch["BLOCK_ROWS"]), triton.cdiv(n_out, launch["BLOCK_OUT"]), n_nets
         ensemble_linear_fwd_kernel[grid](
-            packed(x), packed(weight), packed(bias), y, n_rows, SHARED=x.dim() == 2, RELU=relu, **launch
-        )
+            packed(x), packed(weight), packed(bias), y, None, n_rows,
+            X_STRIDE=n_in, SHARED=x.dim() == 2, RELU=relu, **launch,
+        )  # fmt: skip
     return y
 
 
@@ -192,10 +206,50 @@ def backward(
             triton.cdiv(n_in, launch["BLOCK_IN"]),
             len(d_x) if x.dim() == 3 else 1,
         )
-        ensemble_linear_bwd_kernel[grid](d_y, weight, y, d_x, n_rows, E=n_nets, **flags, **launch)
+        ensemble_linear_bwd_kernel[grid](
+            d_y, weight, y, d_x, None, n_rows, E=n_nets, FIRST=0, STEP=1, **flags, **launch
+        )
     if d_weight.numel() > 0:
         _gradient(d_y, x, y, d_weight, d_bias, linear_launch("gradient", precision, n_in, n_out, n_rows) | flags)
     return d_x, d_weight, d_bias
+
+
+def forward_at(
+    x: Tensor, parameters: Tensor, place: Tensor, y: Tensor, n_in: int, x_stride: int, relu: bool, precision: str
+) -> None:
+    """Writes y [M,B,out] of M networks, whose weights, biases and x lie within `parameters` and x where place [M,3]
+    int64 says, in numbers; rows of x [B,n_in] lie `x_stride` apart."""
+    n_nets, n_rows, n_out = y.shape
+    if y.numel() > 0:
+        launch = linear_launch("fwd", precision, n_in, n_out, n_rows)
+        grid = triton.cdiv(n_rows, launch["BLOCK_ROWS"]), triton.cdiv(n_out, launch["BLOCK_OUT"]), n_nets
+        ensemble_linear_fwd_kernel[grid](
+            x, parameters, parameters, y, place, n_rows, X_STRIDE=x_stride, SHARED=False, RELU=relu, **launch
+        )
+
+
+def backward_at(
+    d_y: Tensor, parameters: Tensor, place: Tensor, y: Tensor | None, d_x: Tensor, precision: str,
+    shared: range | None = None,
+) -> None:  # fmt: skip
+    """Writes d_x [M,B,in] from d_y [M,B,out]; with `shared`, d_x [B,in], a sum over these of the M networks.
+
+    place as in `forward_at`. y [M or more,B,out] has a ReLU behind it; None: there is none.
+    """
+    n_rows, n_out = d_y.shape[1:]
+    n_in = d_x.shape[-1]
+    if d_x.numel() > 0:
+        launch = linear_launch("bwd", precision, n_in, n_out, n_rows)
+        grid = (
+            triton.cdiv(n_rows, launch["BLOCK_ROWS"]),
+            triton.cdiv(n_in, launch["BLOCK_IN"]),
+            len(d_x) if shared is None else 1,
+        )
+        of = range(1) if shared is None else shared
+        ensemble_linear_bwd_kernel[grid](
+            d_y, parameters, y, d_x, place, n_rows,
+            E=len(of), FIRST=of.start, STEP=of.step, SHARED=shared is not None, RELU=y is not None, **launch,
+        )  # fmt: skip
 
 
 def _gradient(d_y: Tensor, x: Tensor, y: Tensor, d_weight: Tensor, d_bias: Tensor, launch: dict[str, Any]) -> None:

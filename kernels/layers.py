@@ -1,95 +1,86 @@
-"""What lies between the products of a network's layers, in one launch each: how the base's output goes on, its
-gradient, and the gradient of all biases (`d2r_fast.learning.passes`). All of them are bandwidth-bound."""
+"""What lies between the products of a D2R network's layers, in one launch each: how the base's output goes on, and its
+gradient (`d2r_fast.learning.layered`). Both are bandwidth-bound."""
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from d2r_fast.kernels.settings import FUSED, check_dtype
+from d2r_fast.kernels.tiles import place_of
 from torch import Tensor
 
 ELEMENTS_LAUNCH = {"BLOCK": 1024, "num_warps": 4} | FUSED
-BIAS_LAUNCH = {"BLOCK_COLUMNS": 32, "BLOCK_ROWS": 64, "num_warps": 4} | FUSED
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def split_base_kernel(
+    f_ptr, parameters_ptr, place_ptr, task_ptr, scaled_ptr, opened_ptr, n_rows,
+    H: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(B H, BLOCK), E). Reads f [E,B,H] once, writes f g and ReLU(f); g by `_task_row`."""
+    net, inside, task, feature, at = _elements(task_ptr, n_rows, H, BLOCK)
+    f = tl.load(f_ptr + at, mask=inside, other=0.0)
+    g = _task_row(parameters_ptr, place_ptr, net, task, feature, inside, H, T)
+    tl.store(scaled_ptr + at, f * g, mask=inside)
+    tl.store(opened_ptr + at, tl.where(f <= 0, 0.0, f), mask=inside)  # a NaN stays: a diverged network must show
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def split_base_bwd_kernel(
+    d_scaled_ptr, d_opened_ptr, f_ptr, parameters_ptr, place_ptr, task_ptr, d_f_ptr, d_g_ptr, n_rows,
+    H: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(B H, BLOCK), E). Reads both gradients and f, all [E,B,H], writes those of f and g."""
+    net, inside, task, feature, at = _elements(task_ptr, n_rows, H, BLOCK)
+    f = tl.load(f_ptr + at, mask=inside, other=0.0)
+    g = _task_row(parameters_ptr, place_ptr, net, task, feature, inside, H, T)
+    d_scaled = tl.load(d_scaled_ptr + at, mask=inside, other=0.0)
+    d_opened = tl.load(d_opened_ptr + at, mask=inside, other=0.0)
+    tl.store(d_f_ptr + at, d_scaled * g + tl.where(f > 0, d_opened, 0.0), mask=inside)
+    tl.store(d_g_ptr + at, d_scaled * f, mask=inside)
 
 
 @triton.jit
-def split_base_kernel(f_ptr, g_ptr, scaled_ptr, opened_ptr, n, BLOCK: tl.constexpr):
-    """Grid (cdiv(n, BLOCK),). Reads f and g once, writes f g and ReLU(f)."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    f = tl.load(f_ptr + at, mask=at < n, other=0.0)
-    g = tl.load(g_ptr + at, mask=at < n, other=0.0)
-    tl.store(scaled_ptr + at, f * g, mask=at < n)
-    tl.store(opened_ptr + at, tl.where(f <= 0, 0.0, f), mask=at < n)  # a NaN stays: a diverged network must show
-
-
-@triton.jit(do_not_specialize=["n_rows", "n_saved"])
-def split_base_bwd_kernel(
-    d_scaled_ptr, d_opened_ptr, f_ptr, g_ptr, d_f_ptr, d_g_ptr, n_rows, n_saved, stride,
-    H: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (cdiv(B H, BLOCK), E). Reads both gradients [E,B,H], and of f and g the first B of n_saved rows; writes d_f
-    and d_g, whose rows lie `stride` numbers apart."""
+def _elements(task_ptr, n_rows, H: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's network, and of its numbers of [B,H]: which exist, their row's task and their feature, and where they
+    lie in [E,B,H]."""
     net = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n_rows * H
-    saved, back = net * n_saved * H + at, net * n_rows * H + at
-    f = tl.load(f_ptr + saved, mask=inside, other=0.0)
-    g = tl.load(g_ptr + saved, mask=inside, other=0.0)
-    d_scaled = tl.load(d_scaled_ptr + back, mask=inside, other=0.0)
-    d_opened = tl.load(d_opened_ptr + back, mask=inside, other=0.0)
-    to = (net * n_rows + at // H) * stride + at % H
-    tl.store(d_f_ptr + to, d_scaled * g + tl.where(f > 0, d_opened, 0.0), mask=inside)
-    tl.store(d_g_ptr + to, d_scaled * f, mask=inside)
+    task = tl.load(task_ptr + at // H, mask=inside, other=0)
+    return net, inside, task, at % H, net * n_rows * H + at
 
 
-@triton.jit(do_not_specialize=["n_back"])
-def bias_gradient_kernel(
-    d_z_ptr, place_ptr, gradient_ptr, n_back, n_columns,
-    N_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Grid (cdiv(W, BLOCK_COLUMNS), E); a program sums its columns of d_z [E,n_back,W] over the first N_ROWS rows, in
-    one order whatever the device does meanwhile, and writes each sum where `place` [E,W] says.
-
-    N_ROWS is a constant, for Triton 3.6's interpreter takes no tensor as the bound of a loop; a run has one.
-    """
-    net = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inside = column < n_columns
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), d_z_ptr.dtype.element_ty)
-    for start in range(0, N_ROWS, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        at = (net * n_back + row)[:, None] * n_columns + column[None, :]
-        total += tl.load(d_z_ptr + at, mask=(row < N_ROWS)[:, None] & inside[None, :], other=0.0)
-    place = tl.load(place_ptr + net * n_columns + column, mask=inside, other=0)
-    tl.store(gradient_ptr + place, tl.sum(total, 0), mask=inside)
+@triton.jit
+def _task_row(parameters_ptr, place_ptr, net, task, feature, inside, H: tl.constexpr, T: tl.constexpr):
+    """Column `task` of the task's weight [H,T], plus its bias: what a product with the one-hot task gives. A task that
+    does not exist adds nothing to the bias."""
+    weight_at = place_of(place_ptr, net, 0, T) + feature * T + task
+    weight = tl.load(parameters_ptr + weight_at, mask=inside & (task >= 0) & (task < T), other=0.0)
+    return weight + tl.load(parameters_ptr + place_of(place_ptr, net, 1, H) + feature, mask=inside, other=0.0)
 
 
-def split_base(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """f g and ReLU(f) of contiguous [E,B,H]."""
+def split_base(
+    f: Tensor, parameters: Tensor, place: Tensor, task: Tensor, n_tasks: int, scaled: Tensor, opened: Tensor
+) -> None:
+    """Writes f g and ReLU(f), all contiguous [E,B,H]; g from the task's layer, whose weight and bias lie within
+    `parameters` where place [E,3] says, and task [B]."""
     check_dtype("f", f)
-    scaled, opened = torch.empty_like(f), torch.empty_like(f)
+    n_nets, n_rows, width = f.shape
     if f.numel() > 0:
-        grid = (triton.cdiv(f.numel(), ELEMENTS_LAUNCH["BLOCK"]),)
-        split_base_kernel[grid](f, g, scaled, opened, f.numel(), **ELEMENTS_LAUNCH)
-    return scaled, opened
+        grid = (triton.cdiv(n_rows * width, ELEMENTS_LAUNCH["BLOCK"]), n_nets)
+        split_base_kernel[grid](
+            f, parameters, place, task, scaled, opened, n_rows, H=width, T=n_tasks, **ELEMENTS_LAUNCH
+        )
 
 
-def split_base_backward(d_scaled: Tensor, d_opened: Tensor, f: Tensor, g: Tensor, d_f: Tensor, d_g: Tensor) -> None:
-    """Writes the gradients of f and g; f, g [E,B or more,H]; d_f, d_g [E,B,H] columns of one wider matrix."""
+def split_base_backward(
+    d_scaled: Tensor, d_opened: Tensor, f: Tensor, parameters: Tensor, place: Tensor, task: Tensor, n_tasks: int,
+    d_f: Tensor, d_g: Tensor,
+) -> None:  # fmt: skip
+    """Writes the gradients of f and g, of the first networks that f is of; as `split_base`."""
     check_dtype("d_scaled", d_scaled)
     n_nets, n_rows, width = d_scaled.shape
     if d_scaled.numel() > 0:
         grid = (triton.cdiv(n_rows * width, ELEMENTS_LAUNCH["BLOCK"]), n_nets)
         split_base_bwd_kernel[grid](
-            d_scaled, d_opened, f, g, d_f, d_g, n_rows, f.shape[1], d_f.stride(1), H=width, **ELEMENTS_LAUNCH
+            d_scaled, d_opened, f, parameters, place, task, d_f, d_g, n_rows, H=width, T=n_tasks, **ELEMENTS_LAUNCH
         )
-
-
-def bias_gradient(d_z: Tensor, place: Tensor, gradient: Tensor, n_rows: int) -> None:
-    """gradient[place[e,j]] becomes the sum of d_z [E,B,W] over its first `n_rows` rows; place [E,W] int64."""
-    check_dtype("d_z", d_z)
-    n_nets, n_back, n_columns = d_z.shape
-    launch: dict[str, Any] = BIAS_LAUNCH
-    grid = (triton.cdiv(n_columns, launch["BLOCK_COLUMNS"]), n_nets)
-    bias_gradient_kernel[grid](d_z, place, gradient, n_back, n_columns, N_ROWS=n_rows, **launch)

@@ -12,20 +12,21 @@ import torch
 import triton
 import triton.language as tl
 from d2r_fast.kernels.settings import check_dtype, packed, walk_launch
-from d2r_fast.kernels.tiles import mix_sources, product, sum_products, tile_rows
+from d2r_fast.kernels.tiles import mix_sources, place_of, product, sum_products, tile_rows
 from d2r_fast.kernels.weight_gradient import weight_gradient
 from torch import Tensor
 
 from d2r_fast.ops.select_routes import Routes
 
-# Sorting rows by their active modules lets a tile skip more, and costs launches of its own. Up to about two tiles a
-# multiprocessor (132 on an H100 or H200) all tiles run at once and the slowest, which skips least, decides the time.
-SORT_FROM_TILES = 264
+# Sorting rows by their active modules lets a tile skip more, and costs launches of its own. Up to about two tiles of 16
+# a multiprocessor (132 on an H100 or H200) all run at once and the slowest, which skips least, decides the time.
+SORT_FROM_ROWS = 264 * 16
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def routed_modules_fwd_kernel(
-    h0_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, active_ptr, order_ptr, mixed_ptr, h_ptr, opened_ptr, n_rows,
+    h0_ptr, weight_ptr, bias_ptr, place_ptr, index_ptr, gate_ptr, active_ptr, order_ptr, mixed_ptr, h_ptr, opened_ptr,
+    n_rows,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -33,9 +34,12 @@ def routed_modules_fwd_kernel(
 
     Per active module and row: reads K sources of D twice (as the product's operand, and for the residual: to hold x
     next to the accumulator spills), writes D of h and D bytes of opened. Per module that a tile touches: D*D weights.
+    place [E,3]: where each network's weights and biases begin; None: they stand one behind another.
     Invariant: an active module's sources are active, so no load that the masks let through meets unwritten memory.
     """
     net = tl.program_id(1).to(tl.int64)
+    weight_ptr += net * (N - 1) * D * D if place_ptr is None else place_of(place_ptr, net, 0, D)
+    bias_ptr += net * (N - 1) * D if place_ptr is None else place_of(place_ptr, net, 1, D)
     if order_ptr is not None:
         order_ptr += net * n_rows
     row, inside, active = tile_rows(active_ptr + net * n_rows, order_ptr, n_rows, tl.program_id(0), BLOCK_ROWS)
@@ -53,7 +57,7 @@ def routed_modules_fwd_kernel(
         wanted = inside & (((active >> i) & 1) != 0)
         if tl.max(wanted.to(tl.int32), 0) > 0:
             route = slot + (i - 1) * K
-            module = net * (N - 1) + i - 1
+            module = i - 1
             z = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
             for start in range(0, D, BLOCK_K):
                 feature = start + tl.arange(0, BLOCK_K)
@@ -80,7 +84,7 @@ def routed_modules_fwd_kernel(
 @triton.jit
 def _push(
     d_main, d_res, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
-    slot, d_slot, row, wanted, route, col, touched, n_rows, n_saved,
+    slot, row, wanted, route, col, touched, n_rows,
     D: tl.constexpr, K: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Hand the gradient at x of one route to its sources; returns which adjoint rows exist by now (bits).
@@ -97,10 +101,9 @@ def _push(
         tile = used[:, None] & (col < D)[None, :]
         seen = tile & (((touched >> source) & 1) != 0)[:, None]
         source = source.to(tl.int64)
-        h_at = ((source * n_saved + row) * D)[:, None] + col[None, :]
-        h = tl.load(h_ptr + h_at, mask=tile, other=0.0)
-        tl.store(d_gate_ptr + d_slot + k, sum_products(d_all, h, 1), mask=used)
         at = ((source * n_rows + row) * D)[:, None] + col[None, :]
+        h = tl.load(h_ptr + at, mask=tile, other=0.0)
+        tl.store(d_gate_ptr + slot + k, sum_products(d_all, h, 1), mask=used)
         to_relu = tl.load(to_relu_ptr + at, mask=seen, other=0.0)
         tl.store(to_relu_ptr + at, to_relu + gate * (tl.where(flow != 0, d_main, 0.0) + d_res), mask=tile)
         if RESIDUAL:
@@ -111,44 +114,44 @@ def _push(
     return touched
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_saved"])
+@triton.jit(do_not_specialize=["n_rows"])
 def routed_modules_bwd_kernel(
-    d_mixed_ptr, h_ptr, weight_ptr, opened_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr, order_ptr,
-    d_h0_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr, n_rows, n_saved,
+    d_mixed_ptr, h_ptr, weight_ptr, place_ptr, opened_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr, order_ptr,
+    d_h0_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr, n_rows,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_ROWS), E); a program owns its rows of d_h0, d_gate and of both adjoints, so no atomics.
 
-    B is n_rows, the first of the n_saved rows that h, opened and the routes hold of each network. Adjoints [E,N,B,D]:
-    to_relu (A) reaches a module's ReLU layer, to_residual (S) its residual. Per active module and row: reads D of A, S
-    and D bytes of opened, then for each of K sources D of h and both adjoints, which it writes back. A is left for the
-    weight gradient (dz = A where opened). d_gate comes zeroed: skipped routes are not written.
+    Adjoints [E,N,B,D]: to_relu (A) reaches a module's ReLU layer, to_residual (S) its residual. Per active module and
+    row: reads D of A, S and D bytes of opened, then for each of K sources D of h and both adjoints, which it writes
+    back. A is left for the weight gradient (dz = A where opened). Skipped routes of d_gate are not written. place as in
+    the forward kernel.
     """
     net = tl.program_id(1).to(tl.int64)
     if order_ptr is not None:
         order_ptr += net * n_rows
-    row, inside, active = tile_rows(active_ptr + net * n_saved, order_ptr, n_rows, tl.program_id(0), BLOCK_ROWS)
+    row, inside, active = tile_rows(active_ptr + net * n_rows, order_ptr, n_rows, tl.program_id(0), BLOCK_ROWS)
     col = tl.arange(0, BLOCK_D)
     in_width = (col < D)[None, :]
     buffer = net * N * n_rows * D
-    h_ptr += net * N * n_saved * D
-    opened_ptr += net * N * n_saved * D
-    slot = (net * n_saved + row) * (N * K)  # of route 1
-    d_slot = (net * n_rows + row) * (N * K)
+    weight_ptr += net * (N - 1) * D * D if place_ptr is None else place_of(place_ptr, net, 0, D)
+    h_ptr += buffer
+    opened_ptr += buffer
+    slot = (net * n_rows + row) * (N * K)  # of route 1
     own_row = ((net * n_rows + row) * D)[:, None] + col[None, :]
 
     d_x = tl.load(d_mixed_ptr + own_row, mask=inside[:, None] & in_width, other=0.0)
     touched = _push(
         d_x, tl.zeros_like(d_x), h_ptr, to_relu_ptr + buffer, to_residual_ptr + buffer, index_ptr, gate_ptr,
-        flow_ptr, d_gate_ptr, slot + (N - 1) * K, d_slot + (N - 1) * K, row, inside, N, col, tl.zeros_like(active),
-        n_rows, n_saved, D, K, RESIDUAL,
+        flow_ptr, d_gate_ptr, slot + (N - 1) * K, row, inside, N, col, tl.zeros_like(active),
+        n_rows, D, K, RESIDUAL,
     )  # fmt: skip
     tl.debug_barrier()
     for i in range(N - 1, 0, -1):
         wanted = inside & (((active >> i) & 1) != 0)
         if tl.max(wanted.to(tl.int32), 0) > 0:
-            module = net * (N - 1) + i - 1
+            module = i - 1
             at = (buffer + (i * n_rows + row) * D)[:, None]
             # Of routes made by hand: a module that runs, though nothing reads it.
             unread = wanted & (((touched >> i) & 1) == 0)
@@ -158,7 +161,7 @@ def routed_modules_bwd_kernel(
                 if RESIDUAL:
                     tl.store(to_residual_ptr + at + col[None, :], tl.zeros_like(d_x), mask=mask)
                 tl.debug_barrier()
-            opened_at = ((i * n_saved + row) * D)[:, None]
+            opened_at = ((i * n_rows + row) * D)[:, None]
             d_main = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
             for start in range(0, D, BLOCK_K):
                 feature = start + tl.arange(0, BLOCK_K)
@@ -176,8 +179,8 @@ def routed_modules_bwd_kernel(
                 d_res = tl.load(to_residual_ptr + at + col[None, :], mask=wanted[:, None] & in_width, other=0.0)
             touched = _push(
                 d_main, d_res, h_ptr, to_relu_ptr + buffer, to_residual_ptr + buffer, index_ptr, gate_ptr,
-                flow_ptr, d_gate_ptr, slot + (i - 1) * K, d_slot + (i - 1) * K, row, wanted, i, col, touched,
-                n_rows, n_saved, D, K, RESIDUAL,
+                flow_ptr, d_gate_ptr, slot + (i - 1) * K, row, wanted, i, col, touched,
+                n_rows, D, K, RESIDUAL,
             )  # fmt: skip
             tl.debug_barrier()
     to_relu = tl.load(
@@ -194,27 +197,30 @@ def forward(
     residual: bool,
     precision: str,
     keep: bool,
-    sort_rows: bool | None = None,
+    order: Tensor | None = None,
+    place: Tensor | None = None,
+    mixed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mixed [E,B,D], and for backward h [E,N,B,D] and opened [E,N,B,D] bool (z_i > 0).
 
     Arguments as `d2r_fast.ops.routed_modules`. Rows of modules that are not active are left as allocated in h and
     opened, and module 0's opened too. keep=False: both come empty.
-    sort_rows: group rows that route alike (None: where there are tiles enough); never changes a result.
+    order: as `row_order` gives it; None: asked of it. It never changes a result.
+    place: [E,3] int64, where each network's weights and biases begin within `weight` and `bias`. mixed: where it goes.
     ValueError: a dtype other than float32, or an unknown precision.
     """
     check_dtype("h0", h0)
     n_nets, n_rows, width = h0.shape
     n_modules, n_kept = routes.index.shape[2:]
     launch = walk_launch("routed_modules_fwd", precision, n_modules, n_kept, width)
-    mixed = torch.empty_like(h0, memory_format=torch.contiguous_format)
+    if mixed is None:
+        mixed = torch.empty_like(h0, memory_format=torch.contiguous_format)
     h = h0.new_empty(n_nets, n_modules, n_rows, width)
     opened = torch.empty_like(h, dtype=torch.bool) if keep else None
     if mixed.numel() > 0:
-        tiles = triton.cdiv(n_rows, launch["BLOCK_ROWS"])
-        routed_modules_fwd_kernel[tiles, n_nets](
-            packed(h0), packed(weight), packed(bias), packed(routes.index), packed(routes.gate), packed(routes.active),
-            _order(routes.active, tiles, sort_rows), mixed, h, opened, n_rows,
+        routed_modules_fwd_kernel[triton.cdiv(n_rows, launch["BLOCK_ROWS"]), n_nets](
+            packed(h0), packed(weight), packed(bias), place, packed(routes.index), packed(routes.gate),
+            packed(routes.active), row_order(routes.active) if order is None else order, mixed, h, opened, n_rows,
             RESIDUAL=residual, **launch,
         )  # fmt: skip
     if opened is None:
@@ -231,45 +237,55 @@ def backward(
     residual: bool,
     precision: str,
     to_weight: bool = True,
-    sort_rows: bool | None = None,
-    weight_rows: int | None = None,
-    d_weight: Tensor | None = None,
-    d_bias: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_h0 [E,B,D] (what may enter module 0's ReLU layer), d_weight, d_bias, d_gate [E,B,N,K].
 
-    h and opened as `forward` left them, of B rows or more: d_mixed [E,B,D] is of the first. d_gate is 0 in unused slots
-    and in routes of modules that are not active.
-    to_weight=False skips the weight gradient: d_weight and d_bias come empty.
-    weight_rows: the weight gradient is of this many rows, the first of each network; None: of all. It is written to
-    d_weight and d_bias, if they are given.
+    h and opened as `forward` left them, order as there. d_gate is 0 in unused slots and in routes of modules that are
+    not active. to_weight=False skips the weight gradient: d_weight and d_bias come empty.
     """
     check_dtype("d_mixed", d_mixed)
-    n_nets, n_rows, width = d_mixed.shape
-    n_modules, n_kept = routes.index.shape[2:]
-    launch = walk_launch("routed_modules_bwd", precision, n_modules, n_kept, width)
-    index, gate, flow, active = (packed(v) for v in routes)
+    routes = Routes(*map(packed, routes))
     d_h0 = torch.empty_like(d_mixed, memory_format=torch.contiguous_format)
-    d_gate = gate.new_zeros(n_nets, n_rows, n_modules, n_kept)
-    to_relu = h.new_empty(n_nets, n_modules, n_rows, width)
-    to_residual = torch.empty_like(to_relu) if residual else h.new_empty(0)
-    if d_h0.numel() > 0:
-        tiles = triton.cdiv(n_rows, launch["BLOCK_ROWS"])
-        routed_modules_bwd_kernel[tiles, n_nets](
-            packed(d_mixed), h, packed(weight), opened, index, gate, flow, active,
-            _order(active[:, :n_rows], tiles, sort_rows), d_h0, d_gate, to_relu, to_residual, n_rows, h.shape[2],
-            RESIDUAL=residual, **launch,
-        )  # fmt: skip
+    d_gate = torch.zeros_like(routes.gate)
+    to_relu = backward_at(packed(d_mixed), packed(weight), None, h, opened, routes, residual, precision, order,
+                          d_h0, d_gate)  # fmt: skip
     if not to_weight:
         return d_h0, h.new_empty(0), h.new_empty(0), d_gate
-    d_weight, d_bias = weight_gradient(
-        to_relu, opened, h, index, gate, active, precision, weight_rows, d_weight, d_bias
-    )
+    d_weight, d_bias = (h.new_empty(weight.shape[:n]) for n in (4, 3))
+    weight_gradient(to_relu, opened, h, routes.index, routes.gate, routes.active, precision, d_weight, d_bias)
     return d_h0, d_weight, d_bias, d_gate
 
 
-def _order(active: Tensor, tiles: int, sort_rows: bool | None) -> Tensor | None:
-    """Rows of every network by their active modules, [E,B] int64, or None for as they come."""
-    if sort_rows is None:
-        sort_rows = tiles * active.shape[0] > SORT_FROM_TILES
-    return active.argsort(dim=1, stable=True) if sort_rows else None
+def backward_at(
+    d_mixed: Tensor,
+    weight: Tensor,
+    place: Tensor | None,
+    h: Tensor,
+    opened: Tensor,
+    routes: Routes,
+    residual: bool,
+    precision: str,
+    order: Tensor | None,
+    d_h0: Tensor,
+    d_gate: Tensor,
+) -> Tensor:
+    """Writes d_h0 [E,B,D] and d_gate [E,B,N,K], but no gates of modules that are not active; returns the adjoint that
+    `weight_gradient` takes. d_mixed [E,B,D] is of the first networks that `forward` ran; place as there."""
+    n_nets, n_rows, width = d_mixed.shape
+    n_modules, n_kept = routes.index.shape[2:]
+    launch = walk_launch("routed_modules_bwd", precision, n_modules, n_kept, width)
+    to_relu = h.new_empty(n_nets, n_modules, n_rows, width)
+    to_residual = torch.empty_like(to_relu) if residual else h.new_empty(0)
+    if d_h0.numel() > 0:
+        routed_modules_bwd_kernel[triton.cdiv(n_rows, launch["BLOCK_ROWS"]), n_nets](
+            d_mixed, h, weight, place, opened, *routes, row_order(routes.active) if order is None else order,
+            d_h0, d_gate, to_relu, to_residual, n_rows,
+            RESIDUAL=residual, **launch,
+        )  # fmt: skip
+    return to_relu
+
+
+def row_order(active: Tensor) -> Tensor | None:
+    """Rows of every network by their active modules, [E,B] int64; or None for as they come, where there are few."""
+    return active.argsort(dim=1, stable=True) if active.numel() > SORT_FROM_ROWS else None

@@ -16,16 +16,17 @@ from torch import Tensor
 WARP_LOGITS = 256  # of the padded block, 8 a thread: at N=16 a row is one warp, so no reduction needs a barrier
 
 
-@triton.jit(do_not_specialize=["n_total", "n_rows", "n_chosen"])
+@triton.jit(do_not_specialize=["n_total", "n_rows", "n_chosen", "n_choosing"])
 def select_routes_fwd_kernel(
     logits_ptr, temperature_ptr, noise_ptr, given_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr,
-    n_total, n_rows, n_chosen,
+    n_total, n_rows, n_chosen, n_choosing,
     N: tl.constexpr, K: tl.constexpr, RESROUTING: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(E*B, BLOCK_ROWS),); a program owns all routes of its rows.
 
-    The first n_chosen rows of each network take noise or given sources, which are [E,n_chosen,...]; the rest is greedy.
+    The first n_chosen rows of each of the first n_choosing networks take noise or given sources, which are
+    [n_choosing,n_chosen,...]; the rest is greedy.
     Reads R logits a row (and R of noise, or N*K given sources), writes 9*N*K+4 bytes, each once: bandwidth-bound.
     Invariant: a pick is a source that exists and is not picked yet whatever the logits hold (a NaN counts as largest,
     as in torch), so that whoever indexes by it stays inside memory. Given sources too: one that its route does not have
@@ -42,7 +43,8 @@ def select_routes_fwd_kernel(
     packed = (row * (N * (N + 1) // 2))[:, None, None] + logit
     slots = (row * (N * K))[:, None, None] + (route - 1) * K + slot
     own = row % n_rows  # in its network
-    is_chosen = (own < n_chosen)[:, None, None]
+    chooses = (own < n_chosen) & (row // n_rows < n_choosing)
+    is_chosen = chooses[:, None, None]
     chosen_row = ((row // n_rows) * n_chosen + own)[:, None, None]
 
     free = exists & (source < route)
@@ -50,7 +52,7 @@ def select_routes_fwd_kernel(
     score = logits
     if noise_ptr is not None:
         # logits / tau + noise in the order of logits + tau * noise: no division, so no overflow at a tiny tau.
-        tau = tl.load(temperature_ptr + own, mask=(row < n_total) & (own < n_chosen), other=1.0)
+        tau = tl.load(temperature_ptr + own, mask=(row < n_total) & chooses, other=1.0)
         noise = tl.load(noise_ptr + chosen_row * (N * (N + 1) // 2) + logit, mask=free & is_chosen, other=0.0)
         score += tau[:, None, None] * noise
     score = tl.where(score == score, score, float("inf"))
@@ -103,13 +105,13 @@ def select_routes_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n_total"])
 def select_routes_bwd_kernel(
-    d_gate_ptr, index_ptr, gate_ptr, d_logits_ptr, n_total, stride,
+    d_gate_ptr, index_ptr, gate_ptr, active_ptr, d_logits_ptr, n_total,
     N: tl.constexpr, K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(E*B, BLOCK_ROWS),); a program owns all logits of its rows: the gradient of a softmax over the chosen,
-    0 elsewhere. Reads 12*N*K bytes a row, writes R gradients, each once: bandwidth-bound. Rows of gradients lie
-    `stride` numbers apart."""
+    0 elsewhere. Reads 12*N*K bytes a row, writes R gradients, each once: bandwidth-bound. With active: routes of
+    modules that are not count as 0, whatever d_gate holds there."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     route = 1 + tl.arange(0, BLOCK_N)[None, :, None]
     source = tl.arange(0, BLOCK_N)[None, None, :]
@@ -119,14 +121,18 @@ def select_routes_bwd_kernel(
     slots = (row * (N * K))[:, None, None] + (route - 1) * K + slot
     index = tl.load(index_ptr + slots, mask=used, other=-1)  # an unused slot is no source's
     gate = tl.load(gate_ptr + slots, mask=used, other=0.0)
-    d_gate = tl.load(d_gate_ptr + slots, mask=used, other=0.0)
+    counts = used
+    if active_ptr is not None:
+        active = tl.load(active_ptr + row, mask=row < n_total, other=0)[:, None, None]
+        counts = used & ((route == N) | (((active >> route) & 1) != 0))
+    d_gate = tl.load(d_gate_ptr + slots, mask=counts, other=0.0)
     d_value = gate * (d_gate - sum_products(gate, d_gate, 2)[:, :, None])
 
     d_logits = tl.zeros((BLOCK_ROWS, BLOCK_N, BLOCK_N), gate.dtype)
     for k in tl.static_range(K):
         pick = tl.sum(tl.where(slot == k, index, 0), 2)[:, :, None]
         d_logits = tl.where(source == pick, tl.sum(tl.where(slot == k, d_value, 0.0), 2)[:, :, None], d_logits)
-    packed = (row * stride)[:, None, None] + route * (route - 1) // 2 + source
+    packed = (row * (N * (N + 1) // 2))[:, None, None] + route * (route - 1) // 2 + source
     tl.store(d_logits_ptr + packed, d_logits, mask=exists & (source < route))
 
 
@@ -156,15 +162,16 @@ def forward(
     """gate, index [E,B,N,K] int32, flow [E,B,N,K] bool, active [E,B] int32 of `d2r_fast.ops.Routes`.
 
     The mode follows from the arguments: sampled with temperature [B] and noise [E,B,R], given with `given`
-    [E,B,N,K] of any integer type, else greedy. These may have fewer rows: the rows after theirs are greedy. A route
-    that is given a source outside 0..route-1, or one twice, comes with NaN gates, with sources that exist and active
-    bits to match. ValueError: a dtype other than float32.
+    [E,B,N,K] of any integer type, else greedy. These may have fewer networks and rows: those after theirs are greedy. A
+    route that is given a source outside 0..route-1, or one twice, comes with NaN gates, with sources that exist and
+    active bits to match. ValueError: a dtype other than float32.
     """
     for name, value in {"logits": logits, "temperature": temperature, "noise": noise}.items():
         if value is not None:
             check_dtype(name, value)
     n_nets, n_rows = logits.shape[:2]
-    n_chosen = noise.shape[1] if noise is not None else given.shape[1] if given is not None else 0
+    choice = noise if noise is not None else given
+    n_choosing, n_chosen = (0, 0) if choice is None else choice.shape[:2]
     index = torch.empty(n_nets, n_rows, n_modules, k, dtype=torch.int32, device=logits.device)
     gate, flow = torch.empty_like(index, dtype=logits.dtype), torch.empty_like(index, dtype=torch.bool)
     active = torch.empty(n_nets, n_rows, dtype=torch.int32, device=logits.device)
@@ -172,26 +179,29 @@ def forward(
         launch = route_launch(n_modules, k)
         inputs = [None if v is None else packed(v) for v in (logits, temperature, noise, given)]
         select_routes_fwd_kernel[(triton.cdiv(active.numel(), launch["BLOCK_ROWS"]),)](
-            *inputs, index, gate, flow, active, active.numel(), n_rows, n_chosen,
+            *inputs, index, gate, flow, active, active.numel(), n_rows, n_chosen, n_choosing,
             RESROUTING=resrouting, **launch,
         )  # fmt: skip
     return gate, index, flow, active
 
 
-def backward(d_gate: Tensor, index: Tensor, gate: Tensor, d_logits: Tensor | None = None) -> Tensor:
-    """d_logits [E,B,R] from the gradient of `gate`, [E,B,N,K]; what unused slots of d_gate hold does not matter.
+def backward(d_gate: Tensor, index: Tensor, gate: Tensor) -> Tensor:
+    """d_logits [E,B,R] from the gradient of `gate`, [E,B,N,K]; what unused slots of d_gate hold does not matter."""
+    n_nets, n_rows, n_modules, _ = d_gate.shape
+    d_logits = gate.new_empty(n_nets, n_rows, n_modules * (n_modules + 1) // 2)
+    backward_at(packed(d_gate), packed(index), packed(gate), None, d_logits)
+    return d_logits
 
-    index and gate are of B rows or more, of which the first count. d_logits: where it is written, such as columns of a
-    wider matrix; None: to fresh memory.
+
+def backward_at(d_gate: Tensor, index: Tensor, gate: Tensor, active: Tensor | None, d_logits: Tensor) -> None:
+    """Writes d_logits [E,B,R]. index, gate and active are of these networks or more, of which the first count.
+
+    active [E,B]: routes of modules that are not active count as 0, whatever d_gate holds; None: all count.
     """
     check_dtype("d_gate", d_gate)
     n_nets, n_rows, n_modules, k = d_gate.shape
-    index, gate = index[:, :n_rows], gate[:, :n_rows]
-    if d_logits is None:
-        d_logits = gate.new_empty(n_nets, n_rows, n_modules * (n_modules + 1) // 2)
     if d_logits.numel() > 0:
         launch = route_launch(n_modules, k)
         select_routes_bwd_kernel[(triton.cdiv(n_nets * n_rows, launch["BLOCK_ROWS"]),)](
-            packed(d_gate), packed(index), packed(gate), d_logits, n_nets * n_rows, d_logits.stride(1), **launch,
-        )  # fmt: skip
-    return d_logits
+            d_gate, index, gate, active, d_logits, n_nets * n_rows, **launch
+        )

@@ -22,6 +22,16 @@ def tile_rows(active_ptr, order_ptr, n_rows, tile, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
+def place_of(place_ptr, net, column, WIDTH: tl.constexpr):
+    """Where a matrix with rows of that width begins, by row `net` of a table [networks,3]; with rows of a multiple of 4
+    numbers it does so at one, and the compiler is to know it: an access is as wide as what it starts at."""
+    place = tl.load(place_ptr + net * 3 + column)
+    if WIDTH % 4 == 0:
+        place = place // 4 * 4
+    return place
+
+
+@triton.jit
 def mix_sources(
     h_ptr, index_ptr, gate_ptr, slot, row, wanted, route, col, n_rows, D: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip

@@ -12,16 +12,16 @@ from torch import Tensor
 REDUCE_LAUNCH = {"BLOCK": 1024, "num_warps": 4} | FUSED
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_back", "n_saved"])
+@triton.jit(do_not_specialize=["n_rows"])
 def weight_gradient_kernel(
     to_relu_ptr, opened_ptr, h_ptr, index_ptr, gate_ptr, active_ptr, list_ptr, d_weight_ptr, d_bias_ptr,
-    n_rows, n_back, n_saved,
-    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, SPLIT_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    n_rows,
+    STEP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (E*(N-1), splits, tiles of D*D); a program owns one tile of d_weight [splits,E,N-1,D,D] of one module.
 
-    Of the first n_rows rows of each network; A holds n_back of each, and what forward saved n_saved.
+    Of each STEP-th network that A [E,N,B,D] and what forward saved hold, from the first on.
     It first lists the active rows of its split, in order, in its own part of `list`, then sums dz^T x over blocks of
     listed rows: work is proportional to active rows. x is mixed again from h (K*D read) rather than saved. Per listed
     row: BLOCK_OUT of A and opened, K*BLOCK_IN of h. Every tile is written, by zeros where no row is active.
@@ -36,8 +36,9 @@ def weight_gradient_kernel(
     out = out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     feature = in_tile * BLOCK_IN + tl.arange(0, BLOCK_IN)
 
+    saved = net * STEP
     at = split * SPLIT_ROWS + tl.arange(0, SPLIT_ROWS)
-    active = tl.load(active_ptr + net * n_saved + at, mask=at < n_rows, other=0)
+    active = tl.load(active_ptr + saved * n_rows + at, mask=at < n_rows, other=0)
     listed = (active >> i) & 1
     place = tl.cumsum(listed, 0) - 1
     program = (module.to(tl.int64) * tl.num_programs(1) + split) * tl.num_programs(2) + tl.program_id(2)
@@ -46,7 +47,7 @@ def weight_gradient_kernel(
     n_listed = tl.sum(listed, 0)
     tl.debug_barrier()
 
-    h_ptr += net * N * n_saved * D
+    h_ptr += saved * N * n_rows * D
     d_weight = tl.zeros((BLOCK_OUT, BLOCK_IN), h_ptr.dtype.element_ty)
     d_bias = tl.zeros((BLOCK_OUT,), h_ptr.dtype.element_ty)
     for start in range(0, SPLIT_ROWS, BLOCK_ROWS):
@@ -55,13 +56,11 @@ def weight_gradient_kernel(
             wanted = pos < n_listed
             row = tl.load(list_ptr + pos, mask=wanted, other=0).to(tl.int64)
             mask = wanted[:, None] & (out < D)[None, :]
-            d_z = tl.load(
-                to_relu_ptr + (((net * N + i) * n_back + row) * D)[:, None] + out[None, :], mask=mask, other=0.0
-            )
-            opened_at = (((net * N + i) * n_saved + row) * D)[:, None] + out[None, :]
-            d_z = tl.where(tl.load(opened_ptr + opened_at, mask=mask, other=0) != 0, d_z, 0.0)
-            slot = ((net * n_saved + row) * N + i - 1) * K
-            x = mix_sources(h_ptr, index_ptr, gate_ptr, slot, row, wanted, i, feature, n_saved, D, K)
+            d_z_at = (((saved * N + i) * n_rows + row) * D)[:, None] + out[None, :]
+            d_z = tl.load(to_relu_ptr + d_z_at, mask=mask, other=0.0)
+            d_z = tl.where(tl.load(opened_ptr + d_z_at, mask=mask, other=0) != 0, d_z, 0.0)
+            slot = ((saved * n_rows + row) * N + i - 1) * K
+            x = mix_sources(h_ptr, index_ptr, gate_ptr, slot, row, wanted, i, feature, n_rows, D, K)
             d_weight = product(tl.trans(d_z), x, d_weight, PRECISION)
             d_bias += tl.sum(d_z, 0)
     part = split.to(tl.int64) * tl.num_programs(0) + module
@@ -105,19 +104,16 @@ def weight_gradient(
     gate: Tensor,
     active: Tensor,
     precision: str,
-    n_rows: int | None = None,
-    d_weight: Tensor | None = None,
-    d_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """d_weight [E,N-1,D,D] and d_bias [E,N-1,D] from the adjoint A [E,N,B,D] that the backward kernel left, summed over
-    the first `n_rows` rows of each network; None: over all. d_weight, d_bias: where they are written."""
-    n_nets, n_modules, n_back, width = to_relu.shape
-    n_rows = n_back if n_rows is None else n_rows
-    if d_weight is None or d_bias is None:
-        d_weight = h.new_empty(n_nets, n_modules - 1, width, width)
-        d_bias = h.new_empty(n_nets, n_modules - 1, width)
+    d_weight: Tensor,
+    d_bias: Tensor,
+) -> None:
+    """Writes d_weight [E,N-1,D,D] and d_bias [E,N-1,D] from the adjoint A [M,N,B,D] that the backward kernel left of M
+    networks, a multiple of E: of each (M/E)-th, from the first on."""
+    (n_back, n_modules, n_rows, width), n_nets = to_relu.shape, len(d_weight)
     if h.numel() == 0 or n_rows == 0 or n_modules == 1:
-        return d_weight.zero_(), d_bias.zero_()
+        d_weight.zero_()
+        d_bias.zero_()
+        return
     launch = gradient_launch(precision, n_modules, index.shape[3], width, n_rows)
     n_splits = triton.cdiv(n_rows, launch["SPLIT_ROWS"])
     n_tiles = triton.cdiv(width, launch["BLOCK_OUT"]) * triton.cdiv(width, launch["BLOCK_IN"])
@@ -125,7 +121,7 @@ def weight_gradient(
     listed = torch.empty(math.prod(grid) * launch["SPLIT_ROWS"], dtype=torch.int32, device=h.device)
     parts = [d_weight, d_bias] if n_splits == 1 else [v.new_empty(n_splits, *v.shape) for v in (d_weight, d_bias)]
     weight_gradient_kernel[grid](
-        to_relu, opened, h, index, gate, active, listed, *parts, n_rows, n_back, h.shape[2], **launch
+        to_relu, opened, h, index, gate, active, listed, *parts, n_rows, STEP=n_back // n_nets, **launch
     )
     if n_splits > 1:
         tiles = triton.cdiv(d_weight.numel(), REDUCE_LAUNCH["BLOCK"]) + triton.cdiv(
@@ -134,4 +130,3 @@ def weight_gradient(
         weight_gradient_reduce_kernel[(tiles,)](
             *parts, d_weight, d_bias, d_weight.numel(), d_bias.numel(), N_SPLITS=n_splits, **REDUCE_LAUNCH
         )
-    return d_weight, d_bias

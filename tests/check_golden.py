@@ -22,7 +22,6 @@ from torch import Tensor
 
 from d2r_fast import Agent, NetConfig, RouteChoice, RoutedNetwork, SacConfig, load_published
 from d2r_fast.learning import update as one_step
-from d2r_fast.learning.passes import RowTasks
 from d2r_fast.learning.sac import Batch, Draws, losses, make_optimiser, update
 from d2r_fast.nets.care import CareConfig
 from d2r_fast.nets.film import FilmConfig
@@ -144,14 +143,13 @@ def flat_rows(value: Tensor) -> Tensor:
     return value.transpose(0, 1).flatten(0, 1)
 
 
-def as_one_step(batch: Batch, draws: Draws, n_tasks: int) -> tuple[ReplayRows, RowTasks, one_step.Draws]:
+def as_one_step(batch: Batch, draws: Draws) -> tuple[ReplayRows, Tensor, one_step.Draws]:
     """A batch and its noise as `Update.step` takes them."""
     room = torch.zeros_like(batch.action)
     pairs = (batch.obs, batch.action), (batch.obs, room), (batch.next_obs, room)
     x = torch.stack([torch.cat(pair, 1) for pair in pairs])
     rows = ReplayRows(x, batch.reward, batch.terminal, batch.route[None])
-    tasks = RowTasks.of(batch.task.repeat(2), n_tasks, batch.obs.dtype)
-    return rows, tasks, one_step.Draws(torch.cat([draws.noise, draws.next_noise]), draws.critic_choice)
+    return rows, batch.task.repeat(2), one_step.Draws(torch.cat([draws.noise, draws.next_noise]), draws.critic_choice)
 
 
 def check_update(v: Vector) -> Iterator[Quantity]:
@@ -207,7 +205,7 @@ def check_update(v: Vector) -> Iterator[Quantity]:
     yield from check_after(v, agent, "after/")
 
     step = one_step.Update(by_calls, sac)
-    in_one_call = step.step(*as_one_step(batch, draws, agent.n_tasks))
+    in_one_call = step.step(*as_one_step(batch, draws))
     yield "update/task_loss", in_one_call.losses[:3].sum(0), v["task_loss"]
     yield "update/grad_norm", in_one_call.norms, norms
     yield from check_after(v, by_calls, "update/after/")

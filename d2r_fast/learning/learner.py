@@ -12,7 +12,6 @@ from d2r_fast.config import RunConfig
 from d2r_fast.host.memory import keep_freed_memory
 from d2r_fast.learning.captured import Captured
 from d2r_fast.learning.finite import first_not_finite
-from d2r_fast.learning.passes import RowTasks
 from d2r_fast.learning.replay import Replay
 from d2r_fast.learning.saved_state import count, describe, field
 from d2r_fast.learning.update import Update, draw
@@ -51,7 +50,7 @@ class Learner:
         # Written in place, for a captured update knows their addresses.
         like = self.update.flat.values
         self._sums = [like.new_zeros(len(LOSS_NAMES), agent.n_tasks), like.new_zeros(self.update.flat.n_networks)]
-        self._tasks = RowTasks.of(replay.tasks_of(cfg.batch_size).repeat(2), agent.n_tasks, like.dtype)
+        self._task = replay.tasks_of(cfg.batch_size).repeat(2)
         self._summed = 0
         self._one_update = Captured(self._update, self.generator, "updates", cfg.cuda_graph)
 
@@ -64,8 +63,8 @@ class Learner:
 
     def _update(self) -> None:
         rows = self._replay.sample_rows(self._cfg.batch_size, self.generator)
-        draws = draw(self.agent, rows, self._tasks, self.generator)
-        torch._foreach_add_(self._sums, list(self.update.step(rows, self._tasks, draws)))
+        draws = draw(self.agent, rows, self._task, self.generator)
+        torch._foreach_add_(self._sums, list(self.update.step(rows, self._task, draws)))
 
     def take_metrics(self) -> dict[str, list[float]]:
         """Means since the last call, a list a metric (one number a task, network, or one). Synchronises the device.

@@ -14,8 +14,9 @@ class FlatParameters:
     Not for an agent that is moved to another device or dtype afterwards, which would give it parameters of its own.
 
     values    [n] actor, critics, log alpha, in this order, each parameter aligned, with zeros between them
-    gradient  [n] the same layout; `gradients` gives the views
     targets   [m] the target critics, laid out as the critics within `values`
+    all       [n+m] both: one allocation, so that a place in it says where a parameter lies
+    gradient  [n] laid out as `values`; `gradients` gives the views
     segments  [S,3] int64 on the CPU: begin, end and network of every run of one network's numbers; network 0 is the
               actor, then each critic, then log alpha
     """
@@ -34,32 +35,37 @@ class FlatParameters:
                 places.append((parameter, at))
                 per_net = parameter.numel() // n_nets
                 runs += [(at + e * per_net, at + (e + 1) * per_net, network + e) for e in range(n_nets)]
-                at = _aligned(at + parameter.numel())
+                at = aligned(at + parameter.numel())
             network += n_nets
         self.n_networks = network
         self.segments = torch.tensor([run for run in runs if run[0] < run[1]], dtype=torch.int64)
         self.targets_begin, targets_end = begins[1], begins[2]
-        self.values = _moved(places, at)
-        self.gradient = torch.zeros_like(self.values)
         first_of_critics = len(groups[0][0])
         target_places = [
-            (parameter, place - self.targets_begin)
+            (parameter, at + place - self.targets_begin)
             for parameter, (_, place) in zip(agent.target_critics.parameters(), places[first_of_critics:], strict=False)
         ]
-        self.targets = _moved(target_places, targets_end - self.targets_begin)
+        self.all = _moved(places + target_places, at + targets_end - self.targets_begin)
+        self.values, self.targets = self.all[:at], self.all[at:]
+        self.gradient = torch.zeros_like(self.values)
         self._places: dict[Tensor, int] = dict(places)
 
     def gradients(self, parameters: list[Tensor]) -> list[Tensor]:
         """Where the gradients of these parameters go: views of `gradient`."""
         return [self.view(self.gradient, parameter) for parameter in parameters]
 
+    def place(self, parameter: Tensor) -> int:
+        """Where a parameter's numbers begin in a buffer laid out as `values`."""
+        return self._places[parameter]
+
     def view(self, buffer: Tensor, parameter: Tensor) -> Tensor:
         """What belongs to a parameter in a buffer laid out as `values`."""
-        begin = self._places[parameter]
+        begin = self.place(parameter)
         return buffer[begin : begin + parameter.numel()].view(parameter.shape)
 
 
-def _aligned(at: int) -> int:
+def aligned(at: int) -> int:
+    """The next place at which a parameter may begin."""
     return -(-at // ALIGNMENT) * ALIGNMENT
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2r_fast.config import SacConfig
 from d2r_fast.learning.parameters import FlatParameters
-from d2r_fast.learning.passes import Network, RowTasks
+from d2r_fast.learning.passes import Network
 from d2r_fast.learning.saved_state import check_tensor, check_tensors, count, describe, field
 from d2r_fast.nets.agent import N_CRITICS, Agent
 from d2r_fast.nets.d2r import RouteChoice
@@ -38,13 +38,13 @@ class Draws(NamedTuple):
     critic_choice: RouteChoice
 
 
-def draw(agent: Agent, rows: ReplayRows, tasks: RowTasks, generator: torch.Generator) -> Draws:
+def draw(agent: Agent, rows: ReplayRows, task: Tensor, generator: torch.Generator) -> Draws:
     """Fresh random numbers for `Update.step`, in one call a kind; `generator` lives on the agent's device."""
     n_rows, like = len(rows.reward), rows.reward
     shape = (2 * n_rows, agent.actor.action_size)
     noise = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
     routes = gumbel((N_CRITICS, n_rows, agent.critics.net.cfg.n_logits), like, generator)
-    return Draws(noise, RouteChoice.sampled(agent.route_temp[tasks.index[:n_rows]], routes))
+    return Draws(noise, RouteChoice.sampled(agent.route_temp[task[:n_rows]], routes))
 
 
 class Metrics(NamedTuple):
@@ -77,13 +77,13 @@ class Update:
         self._learning_rates = [cfg.actor_lr, *[cfg.critic_lr] * N_CRITICS, cfg.alpha_lr]
 
     @torch.no_grad()
-    def step(self, rows: ReplayRows, tasks: RowTasks, draws: Draws) -> Metrics:
-        """One update of actor, critics, log alpha, targets and route temperatures; `tasks` of the B rows, twice over.
+    def step(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Metrics:
+        """One update of actor, critics, log alpha, targets and route temperatures; task [2B] of the rows, twice over.
 
         Every loss sees the parameters from before the step.
         """
         fill = self._fill_gradient_in_one if self._runs_as_one(rows.x) else self._fill_gradient
-        losses = fill(rows, tasks, draws)
+        losses = fill(rows, task, draws)
         cfg, flat = self._cfg, self.flat
         norms = optimiser_step(
             *(flat.values, flat.gradient, self.first, self.second, flat.targets, self.step_count),
@@ -92,22 +92,23 @@ class Update:
         )
         return Metrics(losses, norms)
 
-    def _fill_gradient(self, rows: ReplayRows, tasks: RowTasks, draws: Draws) -> Tensor:
+    def _fill_gradient(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Tensor:
         """The gradient of all that is trained, to `flat.gradient`; returns the losses [6,T]."""
         agent, cfg = self.agent, self._cfg
         n, n_obs = len(rows.reward), agent.actor.net.n_in
         acted_and_now, now_and_after = rows.x[:2].flatten(0, 1), rows.x[1:].flatten(0, 1)  # [2B,O+A]
 
         # The actor learns along the routes that it acted on; at next_obs it goes the greedy ones.
-        policy = self._actor.forward(now_and_after[:, :n_obs], tasks, RouteChoice.given(rows.route), n_back=n)
+        policy = self._actor.forward(now_and_after[:, :n_obs], task, RouteChoice.given(rows.route), n_back=n)
         actions = now_and_after[:, n_obs:]  # written here, read by the critics
         logp = squash(policy.out[0], draws.noise, actions)  # [2B]
 
         # The critics learn from the actions in the batch; at the actor's they are constant.
-        value = self._critics.forward(acted_and_now, tasks, draws.critic_choice, n_back=2 * n)
-        target = self._targets.forward(rows.x[2], tasks.first(n))
+        value, target_q = self._critics.forward_beside(
+            acted_and_now, task, draws.critic_choice, 2 * n, self._targets, rows.x[2]
+        )
         losses = sac_losses(
-            *(value.out[..., 0], target.out[..., 0], logp, rows.reward, rows.terminal, agent.log_alpha),
+            *(value.out[..., 0], target_q[..., 0], logp, rows.reward, rows.terminal, agent.log_alpha),
             *(cfg.gamma, -float(agent.actor.action_size), cfg.loss_limit, cfg.task_weights, self._alpha_gradient),
         )
         loss = LossGradients(*losses)
@@ -123,12 +124,12 @@ class Update:
             self._as_one = all(network.runs_as_one(x[0]) for network in (self._actor, self._critics, self._targets))
         return self._as_one
 
-    def _fill_gradient_in_one(self, rows: ReplayRows, tasks: RowTasks, draws: Draws) -> Tensor:
+    def _fill_gradient_in_one(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Tensor:
         """The same by one call: at small sizes to make the calls takes as long as a tenth of what they do."""
         agent, cfg, choice = self.agent, self._cfg, draws.critic_choice
         net: Any = agent.actor.net  # a `RoutedNetwork`, with settings like the critics'
         return sac_gradient(
-            *(rows.x, rows.reward, rows.terminal, rows.route, tasks.index, draws.noise),
+            *(rows.x, rows.reward, rows.terminal, rows.route, task, draws.noise),
             *(choice.temperature, choice.noise, choice.index, agent.log_alpha),
             *(net.cfg.top_k, net.cfg.residual, net.cfg.resrouting and net.training, net.cfg.precision),
             *(cfg.gamma, -float(agent.actor.action_size), cfg.loss_limit, cfg.task_weights, self._alpha_gradient),

@@ -166,7 +166,7 @@ def test_a_learner_goes_on_on_the_other_device(tmp_path: Path, there: str, here:
         choice = choice._replace(temperature=choice.temperature.to(device), noise=choice.noise.to(device))
         at_device = draws._replace(noise=noise.to(device), next_noise=next_noise.to(device), critic_choice=choice)
         batch = make_batch(device)
-        learner.update.step(*as_one_step(batch, at_device, N_TASKS))
+        learner.update.step(*as_one_step(batch, at_device))
     for name, value in new.agent.state_dict().items():
         expected = old.agent.state_dict()[name].to(here)
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4, msg=name)  # a step is 3e-4

@@ -1,6 +1,7 @@
 """The Triton linear layers against float64: on the GPU if there is one, else in Triton's interpreter."""
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 import triton
 import triton.language as tl
 from d2r_fast.kernels import ensemble_linear as linear
+from d2r_fast.kernels import layers, network_gradient
 from d2r_fast.kernels.tiles import to_tf32
+
+from d2r_fast.ops.layer_gradients import Product, Rows, Sum
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -161,6 +165,96 @@ def test_any_strides():
     strided = [x.mT.contiguous().mT, weight.mT.contiguous().mT, bias.T.contiguous().T, d_y.mT.contiguous().mT]
     ours, expected = run(strided, True), run(case, True)
     assert all(torch.equal(ours[name], expected[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(17, 9), (20, 36)], ids=["unaligned", "aligned"])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_networks_whose_parameters_and_rows_lie_elsewhere(precision, n_in, n_out):
+    """Three networks within one buffer, back to front; the first and the last share x, columns of a wider one."""
+    n = 40
+    x, weight, bias, d_y = make_case(3, n, n_in, n_out, dtype=torch.float32)
+    x[2] = x[0]
+    wide = torch.randn(3, n, n_in + 3, device=DEVICE)
+    wide[:, :, :n_in] = x
+    size = weight[0].numel() + -(-n_out // 4) * 4
+    buffer = torch.randn(3 * size, device=DEVICE)
+    at = [2 * size, size, 0]
+    for e in range(3):
+        buffer[at[e] : at[e] + weight[e].numel()] = weight[e].flatten()
+        buffer[at[e] + weight[e].numel() :][:n_out] = bias[e]
+    place = torch.tensor([[at[e], at[e] + weight[e].numel(), (e % 2) * wide[0].numel()] for e in range(3)])
+    place = place.to(DEVICE)
+    y = torch.empty(3, n, n_out, device=DEVICE)
+    linear.forward_at(wide, buffer, place, y, n_in, n_in + 3, True, precision)
+    expected = linear.forward(x, weight, bias, True, precision)
+    assert torch.equal(y, expected)
+
+    d_x = torch.empty(2, n, n_in, device=DEVICE)  # of the first two alone
+    linear.backward_at(d_y[:2], buffer, place, y, d_x, precision)
+    of_each = linear.backward(d_y, x, weight, y, True, precision, True, False)[0]
+    assert torch.equal(d_x, of_each[:2])
+    linear.backward_at(d_y, buffer, place, None, d_x[0], precision, range(0, 3, 2))
+    of_each = linear.backward(d_y, x, weight, y, False, precision, True, False)[0]
+    torch.testing.assert_close(d_x[0], of_each[0] + of_each[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_gradients_of_all_layers_in_one_launch(precision):
+    """Two layers with a ReLU behind the first, and the rows of two tasks: wide and narrow rows, in and outside the
+    buffers, written between other numbers."""
+    n, n_in, hidden, n_out = 70, 10, 68, 72
+    x = torch.randn(n, n_in + 1, device=DEVICE)[:, :n_in]
+    h = torch.randn(n, hidden, device=DEVICE)
+    d_h, d_out = torch.randn(n, hidden, device=DEVICE), torch.randn(n, n_out, device=DEVICE)
+    act, d_z = (torch.cat([v.new_zeros(16), v.flatten()]) for v in (h, d_h))
+    first = Rows(False, 16, hidden, 16)
+    second = Rows(True, 0, n_out, -1)
+    sizes = {"between": 4, "first": hidden * n_in, "second": hidden * n_out, "bias": n_out + 1, "tasks": 2 * hidden}
+    begin = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    gradients = [
+        Sum(second, 0, n, begin["bias"], 1),
+        Product(first, True, 0, n_in + 1, n_in, begin["first"]),
+        *(Sum(first, 35 * t, 35, begin["tasks"] + t, 2) for t in range(2)),
+        Product(second, False, 16, hidden, hidden, begin["second"]),
+    ]
+    table = network_gradient.gradient_table(x, gradients, precision, n)
+    written = torch.full((sum(sizes.values()),), 7.0, device=DEVICE)
+    network_gradient.network_gradient(act, x, d_z, d_out, written, table, n, precision)
+    masked, inner = torch.where(h > 0, d_h, 0), nearest(h, precision)
+    expected = {
+        "between": torch.full((4,), 7.0, device=DEVICE),
+        "first": nearest(masked, precision).mT @ nearest(x.contiguous(), precision),
+        "second": nearest(d_out, precision).mT @ inner,
+        "bias": torch.cat([d_out.double().sum(0), torch.full((1,), 7.0, device=DEVICE)]),
+        "tasks": torch.stack([part.double().sum(0) for part in masked.split(35)], 1),
+    }
+    for ours, (name, value) in zip(written.split([*sizes.values()]), expected.items(), strict=True):
+        torch.testing.assert_close(ours.double(), value.flatten().double(), rtol=1e-5, atol=2e-5, msg=name)
+    again = torch.full_like(written, 7.0)
+    network_gradient.network_gradient(act, x, d_z, d_out, again, table, n, precision)
+    assert torch.equal(again, written)
+
+
+def test_the_base_goes_on_by_its_tasks_row_and_back():
+    e, n, width, n_tasks = 2, 9, 130, 3
+    f, weight, bias = (
+        torch.randn(*s, device=DEVICE, dtype=DTYPE) for s in ((e, n, width), (e, width, n_tasks), (e, width))
+    )
+    task = torch.arange(n, device=DEVICE) % n_tasks
+    task[0] = n_tasks  # which does not exist, and adds nothing to the bias
+    buffer = torch.cat([weight.flatten(), bias.flatten()])
+    place = torch.tensor([[i * width * n_tasks, (e * n_tasks + i) * width, 0] for i in range(e)], device=DEVICE)
+    onehot = (task[:, None] == torch.arange(n_tasks, device=DEVICE)).to(DTYPE)
+    f.requires_grad_()
+    g = (onehot @ weight.mT + bias[:, None]).requires_grad_()
+    expected = f * g, f.relu()
+    scaled, opened, d_f, d_g = (torch.empty_like(f).detach() for _ in range(4))
+    layers.split_base(f.detach(), buffer, place, task, n_tasks, scaled, opened)
+    torch.testing.assert_close(scaled, expected[0].detach())
+    assert torch.equal(opened, expected[1].detach())
+    d_scaled, d_opened = torch.randn_like(scaled), torch.randn_like(opened)
+    layers.split_base_backward(d_scaled, d_opened, f.detach(), buffer, place, task, n_tasks, d_f, d_g)
+    torch.testing.assert_close((d_f, d_g), torch.autograd.grad(expected, (f, g), (d_scaled, d_opened)))
 
 
 def test_value_errors():

@@ -16,6 +16,7 @@ from d2r_fast.ops.gumbel import gumbel
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 from d2r_fast.kernels import routed_modules as triton_modules
 from d2r_fast.kernels import select_routes as triton_routes
+from d2r_fast.kernels import weight_gradient as triton_gradient
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -55,13 +56,12 @@ def make_modules(e, b, n, k, d, kind="random", flow="random"):
     return *floats, type(routes)(*(v.to(DEVICE) for v in routes))
 
 
-def run_triton(case, cotangent, residual=True, precision="float32", sort_rows=None):
+def run_triton(case, cotangent, residual=True, precision="float32", sort_rows=False):
     """Output and gradients by name, as `run` of the reference."""
     h0, weight, bias, routes = case
-    mixed, h, opened = triton_modules.forward(h0, weight, bias, routes, residual, precision, True, sort_rows)
-    grads = triton_modules.backward(
-        cotangent.to(h0.dtype), weight, h, opened, routes, residual, precision, True, sort_rows
-    )
+    order = routes.active.argsort(dim=1, stable=True) if sort_rows else None
+    mixed, h, opened = triton_modules.forward(h0, weight, bias, routes, residual, precision, True, order)
+    grads = triton_modules.backward(cotangent.to(h0.dtype), weight, h, opened, routes, residual, precision, True, order)
     return dict(zip(("out", "h0", "weight", "bias", "gate"), (mixed, *grads), strict=True))
 
 
@@ -335,46 +335,54 @@ def test_routes_of_no_rows_and_of_strided_logits():
 
 
 @pytest.mark.parametrize("mode", ["sampled", "given"])
-def test_rows_past_those_of_the_choice_are_greedy(mode):
-    e, b, n, k, first = 2, 17, 6, 3, 10
+def test_networks_and_rows_past_those_of_the_choice_are_greedy(mode):
+    e, b, n, k, first = 3, 17, 6, 3, 10
     logits = random_logits(e, b, n).to(DEVICE, DTYPE)
     temperature = (torch.rand(first) + 0.1).to(DEVICE, DTYPE) if mode == "sampled" else None
-    noise = gumbel((e, first, logits.shape[2]), logits) if mode == "sampled" else None
-    given = random_index(e, first, n, k).to(DEVICE, torch.uint8) if mode == "given" else None
+    noise = gumbel((2, first, logits.shape[2]), logits) if mode == "sampled" else None
+    given = random_index(2, first, n, k).to(DEVICE, torch.uint8) if mode == "given" else None
     both = choose(logits, temperature, noise, given, k, n, True)
-    chosen = choose(logits[:, :first], temperature, noise, given, k, n, True)
-    greedy = choose(logits[:, first:], None, None, None, k, n, True)
-    for a, *parts in zip(both, chosen, greedy, strict=True):
-        assert torch.equal(a, torch.cat(parts, 1))
+    chosen = choose(logits[:2, :first], temperature, noise, given, k, n, True)
+    greedy = choose(logits, None, None, None, k, n, True)
+    for a, of_choice, rest in zip(both, chosen, greedy, strict=True):
+        assert torch.equal(a[:2, :first], of_choice)
+        assert torch.equal(a[:2, first:], rest[:2, first:]) and torch.equal(a[2], rest[2])
 
 
 @pytest.mark.parametrize("sort_rows", [False, True], ids=["as_they_come", "sorted"])
-def test_the_gradient_of_the_first_rows(sort_rows):
-    """Back through 33 of 40 rows, 20 of which are for the weights; written between other numbers."""
-    case = make_modules(2, 40, 6, 2, 20)
-    h0, weight, bias, routes = case
-    cotangent = torch.randn(2, 40, 20, device=DEVICE, dtype=DTYPE)
-    _, h, opened = triton_modules.forward(h0, weight, bias, routes, True, "float32", True)
-    d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias)
-    d_h0, _, _, d_gate = triton_modules.backward(
-        *(cotangent[:, :33], weight, h, opened, routes, True, "float32", True, sort_rows, 20, d_weight, d_bias)
+def test_parameters_that_lie_elsewhere(sort_rows):
+    """Five networks, whose parameters lie within one buffer, back to front; back through the first four, of which every
+    second gives its weights a gradient."""
+    h0, weight, bias, routes = make_modules(5, 33, 6, 2, 20)
+    cotangent = torch.randn(4, 33, 20, device=DEVICE, dtype=DTYPE)
+    parts = [part for net in (4, 3, 2, 1, 0) for part in (weight[net].reshape(-1), bias[net].reshape(-1))]
+    buffer, w, b = torch.cat(parts), weight[0].numel(), bias[0].numel()
+    place = torch.tensor([[net * (w + b), net * (w + b) + w, 0] for net in (4, 3, 2, 1, 0)], device=DEVICE)
+    order = routes.active.argsort(dim=1, stable=True) if sort_rows else None
+    mixed, h, opened = triton_modules.forward(h0, buffer, buffer, routes, True, "float32", True, order, place)
+    whole = run_triton((h0, weight, bias, routes), torch.zeros_like(h0))
+    assert torch.equal(mixed, whole["out"])
+
+    d_h0, d_gate = torch.empty_like(cotangent), routes.gate[:4].clone()
+    adjoint = triton_modules.backward_at(
+        *(cotangent, buffer, place, h, opened, routes, True, "float32", order, d_h0, d_gate)
     )
+    d_weight, d_bias = torch.empty_like(weight[:2]), torch.empty_like(bias[:2])
+    triton_gradient.weight_gradient(
+        *(adjoint, opened, h, routes.index, routes.gate, routes.active, "float32", d_weight, d_bias)
+    )
+    first = h0[:4], weight[:4], bias[:4], type(routes)(*(v[:4] for v in routes))
+    truth = truth_of(first, cotangent)
+    ours = {"h0": d_h0, "weight": d_weight, "bias": d_bias}
+    for name, value in ours.items():
+        expected = truth[name] if name == "h0" else truth[name][::2]
+        assert largest(value - expected) <= TOLERANCE * max(1.0, largest(expected)), name
 
-    def of_first(n):
-        return h0[:, :n], weight, bias, type(routes)(*(v[:, :n] for v in routes))
-
-    back, to_weight = truth_of(of_first(33), cotangent[:, :33]), truth_of(of_first(20), cotangent[:, :20])
-    expected = {"h0": back["h0"], "gate": back["gate"], "weight": to_weight["weight"], "bias": to_weight["bias"]}
-    ours = {"h0": d_h0, "gate": d_gate, "weight": d_weight, "bias": d_bias}
-    for name, value in expected.items():
-        assert largest(ours[name] - value) <= TOLERANCE * max(1.0, largest(value)), name
-
-    n_logits = 6 * 7 // 2
-    wide = torch.zeros(2, 33, n_logits + 5, device=DEVICE, dtype=DTYPE)
-    triton_routes.backward(d_gate, routes.index, routes.gate, wide[..., 2:-3])
-    first = type(routes)(*(v[:, :33] for v in routes))
-    assert torch.equal(wide[..., 2:-3], triton_routes.backward(d_gate, first.index, first.gate))
-    assert not wide[..., :2].any() and not wide[..., -3:].any()
+    # Gates of modules that are not active were not written, and count for nothing.
+    d_logits = cotangent.new_empty(4, 33, 21)
+    triton_routes.backward_at(d_gate, routes.index, routes.gate, routes.active, d_logits)
+    expected = triton_routes.backward(truth["gate"].to(DTYPE), routes.index[:4], routes.gate[:4])
+    assert largest(d_logits - expected) <= TOLERANCE * max(1.0, largest(expected))
 
 
 def test_routes_refuse_half_precision():

@@ -301,7 +301,7 @@ def assert_same_updates(ours, theirs, cfg, n_updates, per_task=70):
     for _ in range(n_updates):
         batch, draws = make_batch(dtype, theirs, per_task)
         expected = update(theirs, optimiser, batch, draws, cfg)
-        metrics = step.step(*as_one_step(batch, draws, T))
+        metrics = step.step(*as_one_step(batch, draws))
         norms = [expected[f"grad_norm/{name}"].reshape(-1) for name in ("actor", "critic", "alpha")]
         close = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-3, "atol": 2e-4}
         torch.testing.assert_close(metrics.norms, torch.cat(norms), **close)
@@ -319,21 +319,19 @@ def test_parameters_live_in_one_buffer_and_keep_their_names_and_values():
     flat = FlatParameters(agent)
     after = agent.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    for buffer, owner in (
-        (flat.values, agent.actor),
-        (flat.values, agent.critics),
-        (flat.targets, agent.target_critics),
-    ):
-        storage = buffer.untyped_storage().data_ptr()
+    storage = flat.all.untyped_storage().data_ptr()
+    for owner in (agent.actor, agent.critics, agent.target_critics):
         assert {p.untyped_storage().data_ptr() for p in owner.parameters()} == {storage}
         assert all(p.storage_offset() % ALIGNMENT == 0 for p in owner.parameters())
     for online, target in zip(agent.critics.parameters(), agent.target_critics.parameters(), strict=True):
-        assert online.storage_offset() - flat.targets_begin == target.storage_offset()
+        assert online.storage_offset() - flat.targets_begin == target.storage_offset() - flat.targets.storage_offset()
     sizes = [int((end - begin).sum()) for begin, end in ((s[:, 0], s[:, 1]) for s in by_network(flat))]
     per_critic = sum(p.numel() for p in agent.critics.parameters()) // 2
     assert sizes == [sum(p.numel() for p in agent.actor.parameters()), per_critic, per_critic, T]
     agent.load_state_dict({name: value + 1 for name, value in before.items()})
-    weight = agent.actor.net.base[0].weight
+    weight, followed = agent.actor.net.base[0].weight, agent.target_critics.net.head.bias
+    place = followed.storage_offset() - flat.targets.storage_offset()
+    assert torch.equal(flat.targets[place:][:2], before["target_critics.net.head.bias"].flatten() + 1)
     assert torch.equal(flat.view(flat.values, weight), before["actor.net.base.0.weight"] + 1)
 
 
@@ -356,7 +354,7 @@ def test_the_state_of_torchs_adam_is_taken_over():
     assert step.step_count.item() == 3
     saved = copy.deepcopy(step.state_dict())
     update(theirs, optimiser, batch, draws, cfg)
-    step.step(*as_one_step(batch, draws, T))
+    step.step(*as_one_step(batch, draws))
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13, msg=name)
     again = Update(make_agent("reference", torch.float64), cfg)
@@ -375,7 +373,7 @@ def test_few_rows_take_the_composed_network_and_give_the_same():
     batch, draws = make_batch(torch.float64, theirs, per_task=2)
     for agent in (ours, whole):
         agent.load_state_dict(theirs.state_dict())
-        Update(agent, SacConfig()).step(*as_one_step(batch, draws, T))
+        Update(agent, SacConfig()).step(*as_one_step(batch, draws))
     for (name, a), b in zip(ours.state_dict().items(), whole.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
 
@@ -385,13 +383,13 @@ def test_few_rows_take_the_composed_network_and_give_the_same():
 def test_the_gradient_in_one_call_is_that_of_the_single_calls(backend, dtype):
     agent = make_agent(backend, dtype)
     batch, draws = make_batch(dtype, agent)
-    rows, tasks, draws = as_one_step(batch, draws, T)
+    rows, task, draws = as_one_step(batch, draws)
     step = Update(agent, SacConfig())
     results = []
     for fill in (step._fill_gradient, step._fill_gradient_in_one):
         step.flat.gradient.fill_(float("nan"))
         own = rows._replace(x=rows.x.clone())
-        losses = fill(own, tasks, draws)
+        losses = fill(own, task, draws)
         results.append([losses, own.x, *(g for net in (step._actor, step._critics) for g in net.gradients)])
         results[-1] += [step._alpha_gradient]
         results[-1] = [tensor.clone() for tensor in results[-1]]
@@ -402,13 +400,13 @@ def test_the_gradient_in_one_call_is_that_of_the_single_calls(backend, dtype):
 def one_call_arguments():
     agent = make_agent("cpp", torch.float32)
     batch, draws = make_batch(torch.float32, agent, per_task=20)
-    rows, tasks, draws = as_one_step(batch, draws, T)
+    rows, task, draws = as_one_step(batch, draws)
     nets = [
         [parameter.detach().clone() for parameter in owner.net.in_order()]
         for owner in (agent.actor, agent.critics, agent.target_critics)
     ]
     return (
-        *(rows.x, rows.reward, rows.terminal, rows.route, tasks.index, draws.noise),
+        *(rows.x, rows.reward, rows.terminal, rows.route, task, draws.noise),
         *(draws.critic_choice.temperature, draws.critic_choice.noise, None, agent.log_alpha.detach().clone()),
         *(K, True, True, "float32", 0.99, -3.0, 1e6, True, torch.zeros(T), *nets),
         *([torch.zeros_like(parameter) for parameter in net] for net in nets[:2]),
@@ -443,7 +441,7 @@ def test_a_bf16_agent_runs():
     rounded = Agent(N_OBS, A, T, replace(agent.actor.net.cfg, precision="bf16"))
     rounded.load_state_dict(agent.state_dict())
     batch, draws = make_batch(torch.float32, agent)
-    exact = Update(agent, SacConfig()).step(*as_one_step(batch, draws, T))
-    metrics = Update(rounded, SacConfig()).step(*as_one_step(batch, draws, T))
+    exact = Update(agent, SacConfig()).step(*as_one_step(batch, draws))
+    metrics = Update(rounded, SacConfig()).step(*as_one_step(batch, draws))
     assert not torch.equal(metrics.norms, exact.norms)
     torch.testing.assert_close(metrics.norms, exact.norms, rtol=0.2, atol=1e-3)

@@ -32,7 +32,9 @@ DIFFERENTIABLE = (
     "routed_network",
     "select_routes",
 )
-ON_GPU = [f"{name}{way}" for name in ("ensemble_linear", "routed_modules", "select_routes") for way in ("", "_backward")]
+ON_GPU = [
+    f"{name}{way}" for name in ("ensemble_linear", "routed_modules", "select_routes") for way in ("", "_backward")
+]
 
 
 def has_kernel(name, key):

@@ -1,0 +1,229 @@
+"""A pass through D2R networks on a GPU: layer by layer, one launch a layer for all of them, forward and backward.
+
+Networks of equal sizes over sets of as many rows run as one: both critics at the actions taken and at the actor's, and
+their targets beside them, are six members of one pass. What the layers read and gave lies in one buffer, their
+gradients in another, so that a table made once can say which products are the parameters' gradients: one launch.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2r_fast.learning.parameters import FlatParameters, aligned
+from d2r_fast.nets.d2r import RouteChoice, RoutedNetwork
+from d2r_fast.ops.contract import launcher
+from d2r_fast.ops.layer_gradients import Product, Rows, Sum
+from d2r_fast.ops.select_routes import Routes
+
+_linear, _linear_backward = (launcher("ensemble_linear", way) for way in ("forward_at", "backward_at"))
+_split_base, _split_base_backward = (launcher("layers", way) for way in ("split_base", "split_base_backward"))
+_select_routes, _select_routes_backward = (launcher("select_routes", way) for way in ("forward", "backward_at"))
+_routed_modules, _routed_modules_backward = (launcher("routed_modules", way) for way in ("forward", "backward_at"))
+_row_order = launcher("routed_modules", "row_order")
+_modules_gradient = launcher("weight_gradient", "weight_gradient")
+_gradient_table, _network_gradient = (launcher("network_gradient", f) for f in ("gradient_table", "network_gradient"))
+
+
+class Member(NamedTuple):
+    """One network over one set of rows, which begin at number `x_at` from the first member's."""
+
+    net: RoutedNetwork
+    number: int
+    x_at: int
+
+
+class Pieces:
+    """Parts [members,B,width] of one buffer, by name."""
+
+    def __init__(self, n_members: int, n_rows: int, widths: dict[str, int]):
+        self._widths, self._shape = widths, (n_members, n_rows)
+        self._begin: dict[str, int] = {}
+        self.size = 0
+        for name, width in widths.items():
+            self._begin[name] = self.size
+            self.size += aligned(n_members * n_rows * width)
+
+    def of(self, buffer: Tensor) -> dict[str, Tensor]:
+        n_members, n_rows = self._shape
+        return {
+            name: buffer[self._begin[name] :][: n_members * n_rows * width].view(n_members, n_rows, width)
+            for name, width in self._widths.items()
+        }
+
+    def at(self, name: str, member: int) -> int:
+        """Where a member's part begins."""
+        return self._begin[name] + member * self._shape[1] * self._widths[name]
+
+
+class Plan:
+    """Where everything of a pass lies; made once for its sizes.
+
+    n_sets, n_back  sets of rows of the network that is trained: all of them, and those that a backward goes through,
+                    all as well or, of a single network, the first ones
+    place           by layer: where each member's weight, bias and rows begin, [M,3] int64
+    table           of the gradients of all layers but the modules; None: there is no backward
+    """
+
+    def __init__(self, flat: FlatParameters, nets: list[tuple[RoutedNetwork, Tensor]], n_rows: int, n_back: int):
+        (net, x), *_ = nets
+        cfg: Any = net.cfg
+        self.n_rows, self.n_sets, self.n_back = n_rows, len(x) // n_rows, n_back
+        self.members = [
+            Member(owner, number, int(rows.storage_offset() - x.storage_offset()) + at * x.stride(0))
+            for owner, rows in nets
+            for number in range(owner.n_nets)
+            for at in range(0, len(rows), n_rows)
+        ]
+        hidden = {f"route{i}": width for i, width in enumerate(cfg.route_widths)}
+        base, modules = cfg.base_width, cfg.module_width
+        self.layers = _layers_of(net)
+        self.kept = Pieces(
+            len(self.members),
+            n_rows,
+            {"base0": base, "scaled": base, "opened": base, **hidden, "module0": modules, "mixed": modules},
+        )
+        last = {f"route{len(hidden)}": cfg.n_logits}
+        self.d_z = Pieces(
+            net.n_nets * n_back,
+            n_rows,
+            {"base0": base, "base1": base, "task": base, **hidden, **last, "module0": modules},
+        )
+        places = {name: torch.tensor([self._place(m, name) for m in self.members]) for name in self.layers}
+        self.place = {name: place.to(x.device) for name, place in places.items()}
+        self.table = self._gradient_table(flat, *nets[0]) if n_back else None
+
+    def _place(self, member: Member, name: str) -> list[int]:
+        weight, bias = _layers_of(member.net)[name]
+        of_layer = [int(p.storage_offset()) + member.number * p[0].numel() for p in (weight, bias)]
+        own = self.members.index(member) * self.n_rows * weight.shape[-1]
+        return [*of_layer, member.x_at if name == "base0" else own]
+
+    def _gradient_table(self, flat: FlatParameters, net: RoutedNetwork, x: Tensor) -> Tensor:
+        """Of the first set of every network: parameters are constant for the others."""
+        reads = {"base1": "base0", "module0": "opened", "head": "mixed", "route0": "scaled"}
+        reads |= {f"route{i}": f"route{i - 1}" for i in range(1, len(net.route))}
+        with_relu = {"base0", "module0", *(f"route{i}" for i in range(len(net.route) - 1))}
+        gradients: list[Any] = []
+        for number in range(net.n_nets):
+            member, back = number * self.n_sets, number * self.n_back
+            for name, (weight, bias) in self.layers.items():
+                if name == "modules":  # whose gradient is a launch of its own
+                    continue
+                n_out, n_in = weight.shape[-2:]
+                to_weight, to_bias = (flat.place(p) + number * p[0].numel() for p in (weight, bias))
+                at = back * self.n_rows * n_out if name == "head" else self.d_z.at(name, back)
+                y_at = self.kept.at(name, member) if name in with_relu else -1
+                d_z = Rows(name == "head", at, n_out, y_at)
+                gradients.append(Sum(d_z, 0, self.n_rows, to_bias, 1))
+                if name == "task":  # its product with the one-hot tasks: of rows in task order, a sum a task
+                    n = self.n_rows // net.n_tasks
+                    gradients += [Sum(d_z, t * n, n, to_weight + t, n_in) for t in range(n_in)]
+                elif name == "base0":
+                    gradients.append(Product(d_z, True, self.members[member].x_at, x.stride(0), n_in, to_weight))
+                else:
+                    gradients.append(Product(d_z, False, self.kept.at(reads[name], member), n_in, n_in, to_weight))
+        table: Tensor = _gradient_table(x, gradients, net.cfg.precision, self.n_rows)
+        return table
+
+
+class LayeredPass:
+    """One pass, as `d2r_fast.learning.passes.Pass`: `out` [E,R,n_out] of the first of its networks; `out_beside` of the
+    second, of equal sizes, if there is one: greedy, and without a backward."""
+
+    def __init__(self, plan: Plan, flat: FlatParameters, x: Tensor, task: Tensor, choice: RouteChoice):
+        self._plan, self._flat, self._x, self._task = plan, flat, x, task
+        member = plan.members[0]
+        net, n, n_members = member.net, plan.n_rows, len(plan.members)
+        cfg, self._all, place = net.cfg, flat.all, plan.place
+        self._buffer = x.new_empty(plan.kept.size)
+        kept = self._kept = plan.kept.of(self._buffer)
+
+        def linear(name: str, given: Tensor, relu: bool = False, y: Tensor | None = None) -> Tensor:
+            weight = plan.layers[name][0]
+            n_out, n_in = weight.shape[-2:]
+            y = x.new_empty(n_members, n, n_out) if y is None else y
+            _linear(given, self._all, place[name], y, n_in, given.stride(-2), relu, cfg.precision)
+            return y
+
+        linear("base0", x, True, kept["base0"])
+        self._f = linear("base1", kept["base0"])
+        _split_base(self._f, self._all, place["task"], task, net.n_tasks, kept["scaled"], kept["opened"])
+        read, n_hidden = kept["scaled"], len(cfg.route_widths)
+        for i in range(n_hidden):
+            read = linear(f"route{i}", read, True, kept[f"route{i}"])
+        logits = linear(f"route{n_hidden}", read)
+        # Of as many rows a network as the first: its first set chooses, and the sets beside it never do.
+        gate, index, flow, active = _select_routes(
+            *(logits.view(-1, plan.n_sets * n, cfg.n_logits), choice.temperature, choice.noise, choice.index),
+            *(cfg.top_k, cfg.n_modules, cfg.resrouting and net.training),
+        )
+        self._routes = Routes(*(v.view(n_members, n, *v.shape[2:]) for v in (index, gate, flow, active)))
+        self._order = _row_order(self._routes.active)
+        linear("module0", kept["opened"], True, kept["module0"])
+        _, self._h, self._opened = _routed_modules(
+            *(kept["module0"], self._all, self._all, self._routes, cfg.residual, cfg.precision, plan.n_back > 0),
+            *(self._order, place["modules"], kept["mixed"]),
+        )
+        out = linear("head", kept["mixed"])
+        own = net.n_nets * plan.n_sets
+        self.out = out[:own].view(net.n_nets, plan.n_sets * n, -1)
+        self.out_beside = out[own:].view(net.n_nets, -1, out.shape[-1])
+
+    def backward(self, d_out: Tensor) -> Tensor | None:
+        plan, flat, kept, place = self._plan, self._flat, self._kept, self._plan.place
+        net = plan.members[0].net
+        cfg, n, precision = net.cfg, plan.n_rows, net.cfg.precision
+        n_members = net.n_nets * plan.n_back
+        buffer = d_out.new_empty(plan.d_z.size)
+        d_z = plan.d_z.of(buffer)
+        d_out = d_out.contiguous().view(n_members, n, -1)
+
+        def fresh(width: int) -> Tensor:
+            return d_out.new_empty(n_members, n, width)
+
+        def to_input(name: str, d_y: Tensor, d_x: Tensor, y: Tensor | None = None) -> Tensor:
+            _linear_backward(d_y, self._all, place[name], y, d_x, precision)
+            return d_x
+
+        d_mixed = to_input("head", d_out, fresh(cfg.module_width))
+        d_gate = fresh(cfg.n_modules * cfg.top_k).view(n_members, n, cfg.n_modules, cfg.top_k)
+        adjoint = _routed_modules_backward(
+            *(d_mixed, self._all, place["modules"], self._h, self._opened, self._routes, cfg.residual, precision),
+            *(self._order, d_z["module0"], d_gate),
+        )
+        index, gate, _, active = self._routes
+        _modules_gradient(
+            *(adjoint, self._opened, self._h, index, gate, active, precision),
+            *(flat.view(flat.gradient, parameter) for parameter in plan.layers["modules"]),
+        )
+        last = len(cfg.route_widths)
+        _select_routes_backward(d_gate, index, gate, active, d_z[f"route{last}"])
+        for i in range(last, 0, -1):
+            name, before = f"route{i}", f"route{i - 1}"
+            to_input(name, d_z[name], d_z[before], kept.get(name))
+        d_scaled = to_input("route0", d_z["route0"], fresh(cfg.base_width), kept["route0"])
+        d_opened = to_input("module0", d_z["module0"], fresh(cfg.base_width), kept["module0"])
+        _split_base_backward(
+            *(d_scaled, d_opened, self._f, self._all, place["task"], self._task, net.n_tasks),
+            *(d_z["base1"], d_z["task"]),
+        )
+        to_input("base1", d_z["base1"], d_z["base0"])
+        _network_gradient(self._buffer, self._x, buffer, d_out, flat.gradient, plan.table, n, precision)
+        if plan.n_back == 1:
+            return None
+        d_x = d_out.new_empty((plan.n_back - 1) * n, net.n_in)
+        for i in range(1, plan.n_back):
+            of_set = range(i, n_members, plan.n_back)
+            _linear_backward(
+                d_z["base0"], self._all, place["base0"], kept["base0"], d_x[(i - 1) * n : i * n], precision, of_set
+            )
+        return d_x
+
+
+def _layers_of(net: RoutedNetwork) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight and bias of each layer, by name."""
+    layers: Any = {"base0": net.base[0], "base1": net.base[1], "task": net.task, "module0": net.module0}
+    layers |= {"head": net.head} | {f"route{i}": layer for i, layer in enumerate(net.route)}
+    pairs = {name: (layer.weight, layer.bias) for name, layer in layers.items()}
+    return pairs | {"modules": (net.module_weight, net.module_bias)}

@@ -1,0 +1,133 @@
+"""The gradients of all linear layers of a network in one launch, straight into the flat gradient
+(`d2r_fast.learning.layered`)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from d2r_fast.kernels.ensemble_linear import TILES
+from d2r_fast.kernels.settings import FUSED, check_dtype
+from d2r_fast.kernels.tiles import rounded_product
+from torch import Tensor
+
+from d2r_fast.ops.backends import check_precision
+from d2r_fast.ops.layer_gradients import Product, Sum
+
+N_COLUMNS = tl.constexpr(13)  # of the table: what `_lines` puts there
+
+
+@triton.jit
+def network_gradient_kernel(
+    act_ptr, x_ptr, d_z_ptr, d_out_ptr, gradient_ptr, table_ptr,
+    N_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Grid (lines of the table,); a program owns one tile of a weight's gradient, or BLOCK_OUT sums, over all rows:
+    layers of one update are some hundred tiles, which fill a device without splitting rows. Every number is summed in
+    one order, so that runs agree bitwise.
+
+    N_ROWS is a constant, for Triton 3.6's interpreter takes no tensor as the bound of a loop; a run has one.
+    """
+    table_ptr += tl.program_id(0) * N_COLUMNS
+    is_sum = tl.load(table_ptr) != 0
+    if tl.load(table_ptr + 1) != 0:
+        d_z_ptr = d_out_ptr
+    d_z_at, n_out, y_at = tl.load(table_ptr + 2), tl.load(table_ptr + 3), tl.load(table_ptr + 4)
+    n_y = tl.where(y_at >= 0, n_out, 0)  # as wide as a ReLU's output, if there is one
+    y_at = tl.where(y_at >= 0, y_at, 0)
+    out = tl.load(table_ptr + 5) // BLOCK_OUT * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    to, to_stride = tl.load(table_ptr + 6), tl.load(table_ptr + 7)
+    if tl.load(table_ptr + 8) == 0:
+        x_ptr = act_ptr
+    x_at, x_stride = tl.load(table_ptr + 9), tl.load(table_ptr + 10)
+    first, n_summed = tl.load(table_ptr + 11), tl.load(table_ptr + 12)
+    if is_sum:
+        total = tl.zeros((BLOCK_DEPTH, BLOCK_OUT), gradient_ptr.dtype.element_ty)
+        for start in range(0, N_ROWS, BLOCK_DEPTH):
+            if start < n_summed:
+                own = start + tl.arange(0, BLOCK_DEPTH)
+                total += _load_d_z(d_z_ptr + d_z_at, act_ptr + y_at, first + own, own < n_summed, out, n_out, n_y)
+        tl.store(gradient_ptr + to + out * to_stride, tl.sum(total, 0), mask=out < n_out)
+    else:
+        feature = first // BLOCK_IN * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        # Accesses are wide where rows begin at multiples of 16 bytes, and the compiler knows it.
+        if (n_out % 4 == 0) & (to_stride % 4 == 0) & (x_stride % 4 == 0):
+            _weight_tile(
+                x_ptr + x_at // 4 * 4, d_z_ptr + d_z_at // 4 * 4, act_ptr + y_at // 4 * 4, gradient_ptr + to // 4 * 4,
+                out, feature, n_out // 4 * 4, n_y // 4 * 4, to_stride // 4 * 4, x_stride // 4 * 4,
+                N_ROWS, PRECISION, BLOCK_DEPTH,
+            )  # fmt: skip
+        else:
+            _weight_tile(
+                x_ptr + x_at, d_z_ptr + d_z_at, act_ptr + y_at, gradient_ptr + to,
+                out, feature, n_out, n_y, to_stride, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
+            )  # fmt: skip
+
+
+@triton.jit
+def _weight_tile(
+    x_ptr, d_z_ptr, y_ptr, to_ptr, out, feature, n_out, n_y, n_in, x_stride,
+    N_ROWS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros((out.shape[0], feature.shape[0]), to_ptr.dtype.element_ty)
+    for start in range(0, N_ROWS, BLOCK_DEPTH):
+        row = (start + tl.arange(0, BLOCK_DEPTH)).to(tl.int64)
+        d_z = _load_d_z(d_z_ptr, y_ptr, row, row < N_ROWS, out, n_out, n_y)
+        mask = (row < N_ROWS)[:, None] & (feature < n_in)[None, :]
+        x = tl.load(x_ptr + (row * x_stride)[:, None] + feature[None, :], mask=mask, other=0.0)
+        total = rounded_product(tl.trans(d_z), x, total, PRECISION)
+    mask = (out < n_out)[:, None] & (feature < n_in)[None, :]
+    tl.store(to_ptr + (out * n_in)[:, None] + feature[None, :], total, mask=mask)
+
+
+@triton.jit
+def _load_d_z(d_z_ptr, y_ptr, row, inside, out, n_out, n_y):
+    """The gradient in front of the layer's ReLU, [rows,outs]; 0 where there is none."""
+    at = (row * n_out)[:, None] + out[None, :]
+    d_z = tl.load(d_z_ptr + at, mask=inside[:, None] & (out < n_out)[None, :], other=0.0)
+    y = tl.load(y_ptr + at, mask=inside[:, None] & (out < n_y)[None, :], other=0.0)
+    return tl.where((y > 0) | (n_y == 0), d_z, 0.0)
+
+
+def gradient_launch(precision: str, n_rows: int) -> dict[str, Any]:
+    """Constants and options of the kernel."""
+    check_precision(precision)
+    tile = TILES[precision]
+    blocks = {"BLOCK_OUT": tile.first, "BLOCK_IN": tile.second, "BLOCK_DEPTH": tile.depth}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | FUSED
+    return {"N_ROWS": n_rows, "PRECISION": precision} | blocks | options
+
+
+def gradient_table(like: Tensor, gradients: Sequence[Product | Sum], precision: str, n_rows: int) -> Tensor:
+    """What each program computes, [programs,13] int64 on the device of `like`; products first, which take longer."""
+    launch = gradient_launch(precision, n_rows)
+    of_products = [line for g in gradients if isinstance(g, Product) for line in _lines(g, launch, n_rows)]
+    of_sums = [line for g in gradients if isinstance(g, Sum) for line in _lines(g, launch, n_rows)]
+    return torch.tensor(of_products + of_sums, dtype=torch.int64).to(like.device)
+
+
+def _lines(g: Product | Sum, launch: dict[str, Any], n_rows: int) -> list[tuple[int, ...]]:
+    z = g.d_z
+    lines: list[tuple[int, ...]] = []
+    for out in range(0, z.width, launch["BLOCK_OUT"]):
+        head = isinstance(g, Sum), z.outside, z.at, z.width, z.y_at, out, g.to
+        if isinstance(g, Sum):
+            lines.append((*head, g.stride, 0, 0, 0, g.first_row, g.n_rows))
+        else:
+            x = g.n_in, g.x_outside, g.x_at, g.x_stride
+            lines += [(*head, *x, first, n_rows) for first in range(0, g.n_in, launch["BLOCK_IN"])]
+    return lines
+
+
+def network_gradient(
+    act: Tensor, x: Tensor, d_z: Tensor, d_out: Tensor, gradient: Tensor, table: Tensor, n_rows: int, precision: str
+) -> None:
+    """Writes to the flat gradient what `table`, of `gradient_table`, says, on its device.
+
+    act, d_z  buffers of what layers read and gave, and of gradients in front of layers
+    x, d_out  what the first layer reads, and the gradient of what the last gives
+    """
+    check_dtype("d_out", d_out)
+    network_gradient_kernel[(len(table),)](act, x, d_z, d_out, gradient, table, **gradient_launch(precision, n_rows))
