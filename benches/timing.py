@@ -95,6 +95,7 @@ def matmul_flop(rows: int, width: int) -> float:
 def graphed(run: Run) -> Run:
     """A CUDA graph of `run`, replayed."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still be making what `run` reads
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()

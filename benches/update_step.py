@@ -6,7 +6,8 @@
 Published sizes, a replay of random transitions, the learner as training runs it (sampling and noise included). Variants
 take turns in one run. The floor is the arithmetic of the update's matrix products (of D2R's modules: the active ones)
 over the rate of the library's own products at D2R's sizes, measured in the same run. Memory is what updates add to a
-process of their own, at their peak. `--profile FILE` writes a trace and prints the top costs.
+process of their own, at their peak. `--profile FILE` writes a trace and prints the top costs; on a GPU with the graph
+and without.
 """
 
 import argparse
@@ -130,6 +131,16 @@ def kernels_launched(run: Run) -> int:
     return sum(event.count for event in trace.key_averages() if event.device_type.name == "CUDA")
 
 
+def write_profiles(learner: Learner, path: Path, device: str) -> None:
+    """A trace of ten updates; on a GPU, where kernels of a graph belong to no call of torch's, and follow each other
+    without gaps, another beside it of updates made call by call."""
+    write_profile(lambda: learner.run(1), path, device)
+    if device == "cuda":
+        learner = make_learner(replace(learner._cfg, cuda_graph=False), device)
+        learner.run(3)  # compiles nothing later, and has its tables
+        write_profile(lambda: learner.run(1), path.with_name(f"no_graph_{path.name}"), device)
+
+
 def write_profile(run: Run, path: Path, device: str) -> None:
     """A trace of ten updates for chrome://tracing, and the top costs on the terminal."""
     from torch.profiler import ProfilerActivity, profile
@@ -224,7 +235,7 @@ def main() -> None:
         rows.append(row)
     print_table(rows, [k for k in rows[0] if k not in ("suite", "device")])
     if args.profile:
-        write_profile(list(variants.values())[-1], args.profile, args.device)
+        write_profiles(list(learners.values())[-1], args.profile, args.device)
     command = "python " + " ".join(["benches/update_step.py", *sys.argv[1:]])
     facts["rss_mib"] = round(psutil.Process().memory_info().rss / 2**20)
     write_report(args.json, command, args.device, rows, **facts)

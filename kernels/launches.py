@@ -177,6 +177,7 @@ def pretended_gpu(recorder: RecordCalls) -> Iterator[None]:
         stack.enter_context(mock.patch.object(JITFunction, "run", launch))
         stack.enter_context(mock.patch.object(torch, "Generator", lambda device=None: on_cpu()))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", nullcontext))
+        stack.enter_context(mock.patch.object(torch.cuda, "Event", mock.Mock))
         stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", lambda device=None: (2**40, 2**40)))
         # An update is captured there: what would wait for the device becomes an assertion on it.
         stack.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True))

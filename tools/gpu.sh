@@ -46,8 +46,8 @@ tests() {
   local workers=() file check backend dtype vectors
   if python3 -c 'import xdist' 2> /dev/null; then workers=(-n 8); fi # every shape is a kernel to compile
   # Each file in processes of its own: a kernel that faults takes the device with it.
-  for file in test_gpu test_gpu_acting; do
-    step "$file" 100 15 python3 -m pytest -q -rf -p no:cacheprovider "tests/gpu/$file.py"
+  for file in test_gpu test_gpu_acting test_gpu_runs test_gpu_full_size; do
+    step "$file" 120 15 python3 -m pytest -q -rf -p no:cacheprovider "tests/gpu/$file.py"
   done
   step test_triton_kernels 180 15 \
     python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/kernels/test_triton_kernels.py
@@ -113,10 +113,11 @@ sanitize() {
 }
 
 # train_for NAME SECONDS ARGUMENTS...: train, interrupt it as Ctrl-C would; it then saves, reports and ends by itself.
+# --foreground: without it timeout signals its whole group, too, and a second SIGINT means to leave at once.
 train_for() {
   local name=$1 seconds=$2
   shift 2
-  step "$name" $((seconds + 60)) 40 timeout --preserve-status -s INT -k 50 "$seconds" \
+  step "$name" $((seconds + 60)) 40 timeout --foreground --preserve-status -s INT -k 50 "$seconds" \
     python3 -c 'import sys; from d2r_fast.cli import main; sys.exit(main(["train", *sys.argv[1:]]))' "$@"
 }
 

@@ -53,13 +53,24 @@ class Learner:
         self._task = replay.tasks_of(cfg.batch_size).repeat(2)
         self._summed = 0
         self._one_update = Captured(self._update, self.generator, "updates", cfg.cuda_graph)
+        self._made = torch.cuda.Event() if replay.device.type == "cuda" else None  # of the last call of `run`
 
     def run(self, n_updates: int) -> None:
-        """Make `n_updates` updates."""
+        """Make `n_updates` updates. On a GPU they may be under way on return, but those of the call before are made:
+        it always has work, and whoever stops or looks at the clock between two calls is never far ahead of it."""
         for _ in range(n_updates):
             self._one_update()
             self._summed += 1
             self.updates += 1
+        if self._made is not None:
+            before, self._made = self._made, torch.cuda.Event()
+            self._made.record()
+            before.synchronize()
+
+    def wait(self) -> None:
+        """Until all updates are made."""
+        if self._made is not None:
+            self._made.synchronize()
 
     def _update(self) -> None:
         rows = self._replay.sample_rows(self._cfg.batch_size, self.generator)

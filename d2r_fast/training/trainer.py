@@ -29,7 +29,7 @@ from d2r_fast.training.overlap import ChunkFeed
 from d2r_fast.training.progress import Progress, Waits
 from d2r_fast.training.saved_run import check_state, open_run
 
-# A stop waits for this many updates at most, and the progress bar moves once in as many.
+# The progress bar moves once in this many updates, and a stop waits for as many at most, on a GPU for twice as many.
 UPDATES_AT_ONCE = 10
 
 
@@ -153,6 +153,8 @@ class Trainer:
         if owed > 0:
             with self._progress.phase("learn"):
                 self.learner.run(min(owed, UPDATES_AT_ONCE))
+                if owed <= UPDATES_AT_ONCE:
+                    self.learner.wait()
             self._progress.show(self.learner.updates)
             self._feed.raise_if_failed()
         elif self.steps > self._chunks_ended * self.cfg.chunk_steps:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def product(a: Tensor, b: Tensor, precision: str, start: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """start + a b of [E,n,m] and [E,m,p]; start broadcasts to [E,n,p], None: zero. out: where the product is written.
+def product(a: Tensor, b: Tensor, precision: str, start: Tensor | None = None) -> Tensor:
+    """start + a b of [E,n,m] and [E,m,p]; start broadcasts to [E,n,p], None: zero.
 
     "bf16": a and b rounded to bfloat16 (to nearest, ties to even), sums in their own dtype. Other precisions leave the
     operands as they are.
@@ -16,10 +16,9 @@ def product(a: Tensor, b: Tensor, precision: str, start: Tensor | None = None, o
     if precision == "bf16":
         if a.is_cuda and a.dtype == torch.float32:
             y = torch.bmm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-            y = y if start is None else y + start
-            return y if out is None else out.copy_(y)
+            return y if start is None else y + start
         a, b = a.bfloat16().to(a.dtype), b.bfloat16().to(b.dtype)
-    return torch.bmm(a, b, out=out) if start is None else torch.baddbmm(start, a, b, out=out)
+    return torch.bmm(a, b) if start is None else torch.baddbmm(start, a, b)
 
 
 class RoundedLinear(torch.autograd.Function):
