@@ -27,6 +27,8 @@ from d2r_fast.kernels.layers import ELEMENTS_LAUNCH, split_base_bwd_kernel, spli
 from d2r_fast.kernels.module_levels import mix_bwd_kernel, mix_fwd_kernel, mix_launch
 from d2r_fast.kernels.replay_rows import replay_rows_kernel, rows_launch
 from d2r_fast.kernels.routed_modules import routed_modules_bwd_kernel, routed_modules_fwd_kernel
+from d2r_fast.kernels.row_order import LAUNCH as ORDER_LAUNCH
+from d2r_fast.kernels.row_order import row_order_kernel
 from d2r_fast.kernels.sac_losses import losses_launch, sac_losses_kernel
 from d2r_fast.kernels.select_routes import route_launch, select_routes_bwd_kernel, select_routes_fwd_kernel
 from d2r_fast.kernels.settings import gradient_launch, walk_launch
@@ -114,6 +116,7 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS)["SPLIT_ROWS"])
     reduce = {"N_SPLITS": n_splits} | REDUCE_LAUNCH
     yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
+    yield "row_order", "B1280", "float32", row_order_kernel, {"N_ROWS": ROWS} | ORDER_LAUNCH
     split = {"H": 400, "T": 10} | ELEMENTS_LAUNCH
     yield "split_base", "H400", "float32", split_base_kernel, split
     yield "split_base_bwd", "H400", "float32", split_base_bwd_kernel, split

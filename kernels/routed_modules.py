@@ -11,6 +11,7 @@ adjoints hold whatever the allocation held. A tile whose rows all skip a module 
 import torch
 import triton
 import triton.language as tl
+from d2r_fast.kernels.row_order import row_order
 from d2r_fast.kernels.settings import check_dtype, packed, walk_launch
 from d2r_fast.kernels.tiles import mix_sources, place_of, product, sum_products, tile_rows
 from d2r_fast.kernels.weight_gradient import weight_gradient
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from d2r_fast.ops.select_routes import Routes
 
-# Sorting rows by their active modules lets a tile skip more, and costs launches of its own. Up to about two tiles of 16
+# Sorting rows by their active modules lets a tile skip more, and costs a launch of its own. Up to about two tiles of 16
 # a multiprocessor (132 on an H100 or H200) all run at once and the slowest, which skips least, decides the time.
 SORT_FROM_ROWS = 264 * 16
 
@@ -205,7 +206,7 @@ def forward(
 
     Arguments as `d2r_fast.ops.routed_modules`. Rows of modules that are not active are left as allocated in h and
     opened, and module 0's opened too. keep=False: both come empty.
-    order: as `row_order` gives it; None: asked of it. It never changes a result.
+    order: as `order_if_many` gives it; None: asked of it. It never changes a result.
     place: [E,3] int64, where each network's weights and biases begin within `weight` and `bias`. mixed: where it goes.
     ValueError: a dtype other than float32, or an unknown precision.
     """
@@ -220,7 +221,7 @@ def forward(
     if mixed.numel() > 0:
         routed_modules_fwd_kernel[triton.cdiv(n_rows, launch["BLOCK_ROWS"]), n_nets](
             packed(h0), packed(weight), packed(bias), place, packed(routes.index), packed(routes.gate),
-            packed(routes.active), row_order(routes.active) if order is None else order, mixed, h, opened, n_rows,
+            packed(routes.active), order_if_many(routes.active) if order is None else order, mixed, h, opened, n_rows,
             RESIDUAL=residual, **launch,
         )  # fmt: skip
     if opened is None:
@@ -279,13 +280,13 @@ def backward_at(
     to_residual = torch.empty_like(to_relu) if residual else h.new_empty(0)
     if d_h0.numel() > 0:
         routed_modules_bwd_kernel[triton.cdiv(n_rows, launch["BLOCK_ROWS"]), n_nets](
-            d_mixed, h, weight, place, opened, *routes, row_order(routes.active) if order is None else order,
+            d_mixed, h, weight, place, opened, *routes, order_if_many(routes.active) if order is None else order,
             d_h0, d_gate, to_relu, to_residual, n_rows,
             RESIDUAL=residual, **launch,
         )  # fmt: skip
     return to_relu
 
 
-def row_order(active: Tensor) -> Tensor | None:
+def order_if_many(active: Tensor) -> Tensor | None:
     """Rows of every network by their active modules, [E,B] int64; or None for as they come, where there are few."""
-    return active.argsort(dim=1, stable=True) if active.numel() > SORT_FROM_ROWS else None
+    return row_order(active) if active.numel() > SORT_FROM_ROWS else None

@@ -20,7 +20,7 @@ _linear, _linear_backward = (launcher("ensemble_linear", way) for way in ("forwa
 _split_base, _split_base_backward = (launcher("layers", way) for way in ("split_base", "split_base_backward"))
 _select_routes, _select_routes_backward = (launcher("select_routes", way) for way in ("forward", "backward_at"))
 _routed_modules, _routed_modules_backward = (launcher("routed_modules", way) for way in ("forward", "backward_at"))
-_row_order = launcher("routed_modules", "row_order")
+_order_if_many = launcher("routed_modules", "order_if_many")
 _modules_gradient = launcher("weight_gradient", "weight_gradient")
 _gradient_table, _network_gradient = (launcher("network_gradient", f) for f in ("gradient_table", "network_gradient"))
 
@@ -159,7 +159,7 @@ class LayeredPass:
             *(cfg.top_k, cfg.n_modules, cfg.resrouting and net.training),
         )
         self._routes = Routes(*(v.view(n_members, n, *v.shape[2:]) for v in (index, gate, flow, active)))
-        self._order = _row_order(self._routes.active)
+        self._order = _order_if_many(self._routes.active)
         linear("module0", kept["opened"], True, kept["module0"])
         _, self._h, self._opened = _routed_modules(
             *(kept["module0"], self._all, self._all, self._routes, cfg.residual, cfg.precision, plan.n_back > 0),

@@ -13,7 +13,15 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
-MODULES = ("layers", "routed_modules", "weight_gradient", "select_routes", "ensemble_linear", "network_gradient")
+MODULES = (
+    "layers",
+    "routed_modules",
+    "row_order",
+    "weight_gradient",
+    "select_routes",
+    "ensemble_linear",
+    "network_gradient",
+)
 MODULES += ("gumbel", "squashed_normal", "sac_losses", "replay_rows", "optimiser_step", "module_levels", "expert_sum")
 NARROW = ("N5-K2-D16", "N5-K2-D17")
 UNALIGNED = ("43to400", "128to1")  # rows that are no multiple of 16 bytes

@@ -15,6 +15,7 @@ from d2r_fast.ops.gumbel import gumbel
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 from d2r_fast.kernels import routed_modules as triton_modules
+from d2r_fast.kernels import row_order as triton_order
 from d2r_fast.kernels import select_routes as triton_routes
 from d2r_fast.kernels import weight_gradient as triton_gradient
 
@@ -383,6 +384,19 @@ def test_parameters_that_lie_elsewhere(sort_rows):
     triton_routes.backward_at(d_gate, routes.index, routes.gate, routes.active, d_logits)
     expected = triton_routes.backward(truth["gate"].to(DTYPE), routes.index[:4], routes.gate[:4])
     assert largest(d_logits - expected) <= TOLERANCE * max(1.0, largest(expected))
+
+
+@pytest.mark.parametrize(("e", "b"), [(1, 1), (2, 31), (3, 300)])
+def test_the_order_of_rows_is_a_stable_sort(e, b):
+    active = torch.randint(-8, 8, (e, b), device=DEVICE).int() * 2**28  # module 31 is the sign
+    assert torch.equal(triton_order.row_order(active), active.argsort(dim=1, stable=True))
+
+
+def test_many_rows_are_sorted_and_few_are_not(monkeypatch):
+    monkeypatch.setattr(triton_modules, "SORT_FROM_ROWS", 60)
+    active = torch.randint(0, 99, (2, 31), device=DEVICE).int()
+    assert torch.equal(triton_modules.order_if_many(active), active.argsort(dim=1, stable=True))
+    assert triton_modules.order_if_many(active[:, :30].contiguous()) is None
 
 
 def test_routes_refuse_half_precision():
