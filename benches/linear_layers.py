@@ -4,8 +4,8 @@
 
 Per layer of the published critics: y = ReLU(x W^T + b), and the gradients of x, W and b. Variants take turns in one
 run, each as a CUDA graph, so that launches do not count; `again` is the first variant once more, for the noise. `error`
-is the largest difference from float64 over the largest magnitude, of all four. The Triton kernels become what
-`ensemble_linear` and `d2r_fast.learning.passes` run in a precision where they win here.
+is the largest difference from float64 over the largest magnitude, of all four. The Triton kernels are what
+`ensemble_linear` and an update run on a GPU in every precision; whether torch's should, this and the whole update say.
 """
 
 import argparse

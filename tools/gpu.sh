@@ -4,17 +4,20 @@
 #   bash tools/gpu.sh OUT PART...     OUT/PART.tar.gz then holds every log, table, JSON and picture of the part
 #
 #   tests     GPU tests, the Triton kernels on the device, golden vectors, errors by precision
-#   benches   the operation, the update of MT10 and MT50 with a trace, acting
+#   update    the update of MT10 with its traces, the linear layers against torch's products: three minutes
+#   benches   the update of MT50, the operation, acting, memory
 #   sanitize  what the Triton kernels compile to there, and compute-sanitizer over them at small sizes
 #   train     mt10-rand for four minutes, interrupted and resumed; mt50-rand for one
 #   rates     steps/s, updates/s and idle shares of MT10 and MT50; environment steps alone
 #
-# Each part takes less than ten minutes. A step that fails or takes too long is told, and the next one goes on.
+# Each part is meant for one call of ten minutes; what comes first matters most, and the archive is written after every
+# step, so that a call that is cut off has shown what it could. A step that fails or takes too long is told, and the
+# next one goes on.
 # Needs a Python with torch, triton, numpy, pytest, hypothesis, psutil and matplotlib, and CMake; train, rates and some
 # tests also EnvPool, Meta-World, Gymnasium, tyro, cattrs and tensorboard. Uses a copy of the tree and installs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-usage="usage: tools/gpu.sh OUT tests|benches|sanitize|train|rates ..."
+usage="usage: tools/gpu.sh OUT tests|update|benches|sanitize|train|rates ..."
 out=${1:?$usage}
 shift
 : "${1:?$usage}"
@@ -46,7 +49,7 @@ tests() {
   local workers=() file check backend dtype vectors
   if python3 -c 'import xdist' 2> /dev/null; then workers=(-n 8); fi # every shape is a kernel to compile
   # Each file in processes of its own: a kernel that faults takes the device with it.
-  for file in test_gpu test_gpu_acting test_gpu_runs test_gpu_full_size; do
+  for file in test_gpu test_gpu_full_size; do
     step "$file" 120 15 python3 -m pytest -q -rf -p no:cacheprovider "tests/gpu/$file.py"
   done
   step test_triton_kernels 180 15 \
@@ -62,6 +65,9 @@ tests() {
         python3 tests/check_golden.py "tests/$vectors" --device cuda --backend "$backend" --dtype "$dtype"
     done
   done
+  for file in test_gpu_acting test_gpu_runs; do
+    step "$file" 100 15 python3 -m pytest -q -rf -p no:cacheprovider "tests/gpu/$file.py"
+  done
   step precision_error 40 8 \
     python3 benches/precision_error.py --device cuda --json "$results/precision_error_cuda.json"
   # On the CPU, for the sake of instruction sets that other machines lack.
@@ -70,15 +76,21 @@ tests() {
   done
 }
 
-benches() {
-  local suite
-  step acting 60 16 python3 benches/acting.py --device cuda --json "$results/acting_cuda.json"
-  for suite in mt10 mt50; do
-    step "update_step_$suite" 100 60 python3 benches/update_step.py --suite "$suite" --device cuda --rounds 200 \
-      --precisions float32,tf32,bf16 --json "$results/update_step_${suite}_cuda.json" \
-      --profile "$results/update_step_$suite.trace.json"
-  done
+# update_step SUITE: all precisions, and traces of the last.
+update_step() {
+  step "update_step_$1" 120 90 python3 benches/update_step.py --suite "$1" --device cuda --rounds 200 \
+    --precisions float32,tf32,bf16 --json "$results/update_step_$1_cuda.json" \
+    --profile "$results/update_step_$1.trace.json"
+}
+
+update() {
+  update_step mt10
   step linear_layers 60 24 python3 benches/linear_layers.py --json "$results/linear_layers_cuda.json"
+}
+
+benches() {
+  update_step mt50
+  step acting 60 16 python3 benches/acting.py --device cuda --json "$results/acting_cuda.json"
   step update_memory 60 4 python3 benches/update_memory.py --suite mt10 --device cuda --updates 5000 \
     --json "$results/update_memory_mt10_cuda.json"
   step routed_modules 260 90 python3 benches/routed_modules.py --device cuda \
@@ -87,7 +99,7 @@ benches() {
 
 sanitize() {
   local tool some
-  step compile_report 110 30 python3 -m d2r_fast.kernels.compile_report --json "$results/triton_sm90.json"
+  step compile_report 130 30 python3 -m d2r_fast.kernels.compile_report --json "$results/triton_sm90.json"
   if ! command -v compute-sanitizer > /dev/null; then
     echo "== the rest of sanitize is left out: no compute-sanitizer on the PATH (it comes with the CUDA toolkit)"
     return
@@ -99,10 +111,12 @@ sanitize() {
   some+=" or gumbel or (squashed and 33-) or (test_losses and float32) or (the_step and aligned) or rows_are"
   # Of the linear layers: a single row, rows in splits, each precision.
   some+=" or (matches_float64 and (B1- or B600)) or (rounded_to_nearest and relu)"
+  # Of the whole network's: parameters and rows that lie elsewhere, all gradients in one launch, the order of rows.
+  some+=" or elsewhere or one_launch or tasks_row or stable_sort"
   # Memory straight from the driver, so that a tensor's end is an allocation's end.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
-    step "$tool" 180 8 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    step "$tool" 170 8 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       python3 -m pytest -q -x -p no:cacheprovider tests/kernels/test_triton_kernels.py \
       tests/kernels/test_update_kernels.py tests/kernels/test_linear_kernels.py -k "$some"
   done
@@ -150,7 +164,7 @@ rates() {
 
 for part in "$@"; do
   case $part in
-    tests | benches | sanitize | train | rates) ;;
+    tests | update | benches | sanitize | train | rates) ;;
     *) echo "$usage" >&2 && exit 2 ;;
   esac
   results=$(mktemp -d -p "$site")

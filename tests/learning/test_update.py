@@ -294,6 +294,25 @@ def test_updates_layer_by_layer_are_those_of_the_equations(depth):
     assert_same_updates(ours, theirs, SacConfig(actor_lr=1e-3), n_updates=2, per_task=5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run on the GPU here: tests/gpu")
+def test_bf16_reaches_the_layers_around_the_modules():
+    """Of networks with one module, which is a layer like others: nothing else has products."""
+    pytest.importorskip("triton")
+    norms = {}
+    for backend, precision in (("reference", "float32"), ("triton", "float32"), ("triton", "bf16")):
+        torch.manual_seed(0)
+        widths = {"module_width": 20, "base_width": 33, "route_widths": (18,)}
+        cfg = NetConfig(n_modules=1, top_k=1, **widths, backend=backend, precision=precision)
+        agent = Agent(N_OBS, A, T, cfg)
+        norms[backend, precision] = Update(agent, SacConfig()).step(
+            *as_one_step(*make_batch(torch.float32, agent, per_task=5))
+        )[1]
+    truth = norms["reference", "float32"]
+    torch.testing.assert_close(norms["triton", "float32"], truth, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norms["triton", "bf16"], truth, rtol=0.2, atol=1e-2)
+    assert (norms["triton", "bf16"][:3] / truth[:3] - 1).abs().max() > 1e-4
+
+
 def assert_same_updates(ours, theirs, cfg, n_updates, per_task=70):
     """Updates of one agent by `Update`, of an equal one by `sac.update`; returns how many losses were left out."""
     optimiser, step = make_optimiser(theirs, cfg), Update(ours, cfg)
