@@ -29,6 +29,7 @@ from d2r_fast.learning.learner import Learner
 from d2r_fast.learning.parameters import FlatParameters
 from d2r_fast.learning.replay import Replay
 from d2r_fast.nets.agent import Agent
+from d2r_fast.ops.backends import Precision
 from d2r_fast.presets import PRESETS
 
 SUITES = {"mt10": "mt10-rand", "mt50": "mt50-rand", "quick": "quick"}
@@ -149,7 +150,7 @@ class RecordCalls(TorchDispatchMode):
         n_bytes = size if value.numel() > 0 else 0
         for n, _ in sizes:
             n_bytes *= n
-        begin = value.storage_offset() * size
+        begin = int(value.storage_offset()) * size
         end = begin + (sum((n - 1) * stride for n, stride in sizes) + 1) * size if n_bytes > 0 else begin
         return Memory(tuple(value.shape), value.dtype, self._storages[storage._cdata][0], begin, end, n_bytes)
 
@@ -205,7 +206,7 @@ def calls_on_gpu(cfg: RunConfig) -> list[Call]:
     return recorder.calls
 
 
-def suite_config(suite: str, precision: str) -> RunConfig:
+def suite_config(suite: str, precision: Precision) -> RunConfig:
     """The settings of a suite's published run with products in a precision."""
     cfg = PRESETS[SUITES[suite]][1]
     return replace(cfg, net=replace(cfg.net, precision=precision))
