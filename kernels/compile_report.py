@@ -2,10 +2,13 @@
 
     python -m d2r_fast.kernels.compile_report [--json FILE]
 
-One line a kernel, size and precision: registers a thread, bytes of stack a thread (spills), shared memory a program,
-global loads and copies straight to shared memory (and how many of either are 128 bits wide), sums that differ between
-threads, and the instruction that does the products. Pointers are marked as 16-byte aligned, as the just-in-time
-launcher finds them: otherwise every load would be scalar and the report about a kernel that nobody runs.
+With another release of Triton, from a folder of its own (`benches/results/compile_report/` has three of them):
+
+    pip install --no-deps --target DIR triton==3.6.0
+    PYTHONPATH=DIR python -m d2r_fast.kernels.compile_report --json benches/results/compile_report/triton-3.6.0.json
+
+One line a kernel, size and precision. Pointers are marked as 16-byte aligned, as the just-in-time launcher finds them:
+otherwise every load would be scalar and the report about a kernel that nobody runs.
 """
 
 import argparse
@@ -14,39 +17,15 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from d2r_fast.kernels import ensemble_linear, network_gradient, optimiser_step
-from d2r_fast.kernels.expert_sum import expert_sum_bwd_kernel, expert_sum_fwd_kernel, sum_launch
-from d2r_fast.kernels.gumbel import LAUNCH as GUMBEL_LAUNCH
-from d2r_fast.kernels.gumbel import gumbel_kernel
-from d2r_fast.kernels.layers import ELEMENTS_LAUNCH, split_base_bwd_kernel, split_base_kernel
-from d2r_fast.kernels.module_levels import mix_bwd_kernel, mix_fwd_kernel, mix_launch
-from d2r_fast.kernels.replay_rows import replay_rows_kernel, rows_launch
-from d2r_fast.kernels.routed_modules import routed_modules_bwd_kernel, routed_modules_fwd_kernel
-from d2r_fast.kernels.row_order import LAUNCH as ORDER_LAUNCH
-from d2r_fast.kernels.row_order import row_order_kernel
-from d2r_fast.kernels.sac_losses import losses_launch, sac_losses_kernel
-from d2r_fast.kernels.select_routes import route_launch, select_routes_bwd_kernel, select_routes_fwd_kernel
-from d2r_fast.kernels.settings import gradient_launch, walk_launch
-from d2r_fast.kernels.squashed_normal import (
-    policy_launch,
-    squashed_normal_bwd_kernel,
-    squashed_normal_fwd_kernel,
-)
-from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_kernel, weight_gradient_reduce_kernel
+from d2r_fast.kernels.compile_cases import ROWS, cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from d2r_fast.ops.backends import PRECISIONS
-
 TARGET = GPUTarget("cuda", 90, 32)
-SIZES = ((16, 2, 128), (32, 4, 256))  # N, K, D: as published; and the largest that the tile sizes are chosen for
-NARROW = ((5, 2, 16), (5, 2, 17))  # so narrow, or odd, that a thread holds one feature of a row: see `uneven_sums`
-ROWS = 1280  # per network, as published
 MAX_STACK = {"routed_modules_fwd": 64, "routed_modules_bwd": 64}
 """Bytes a thread may spill (others: none). At 128 registers a second program fits on the multiprocessor, and ptxas
 spills what does not fit: 0 to 40 bytes, by its version (Triton 3.6 to 3.9). Those values outlive a module and are read
@@ -65,13 +44,22 @@ TYPES = {
     "*fp64": ("share_ptr", "corrections_ptr"),
 }
 """What pointers point to, by name; float32 otherwise."""
-N_OBS, N_ACTIONS = 39, 4  # Meta-World's
-LAYERS = ((N_OBS + N_ACTIONS, 400), (400, 400), (256, 136), (128, 1))
-"""Inputs and outputs: the first layer, whose rows are not 16-byte aligned, the largest, the logits, the value."""
 
 
 class Row(NamedTuple):
-    """One compiled kernel."""
+    """One compiled kernel.
+
+    registers    a thread
+    stack        bytes a thread spills, and how many it may
+    shared       bytes of shared memory a program
+    loads        from global memory to registers, and how many of them are 128 bits wide
+    copies       from global straight to shared memory, likewise
+    in_flight    groups of copies that are still under way while a product is made: 0 where each is awaited before the
+                 product that needs it and the next is issued after it, though there may be room for two
+    barriers     in the code, of all threads of a program
+    uneven       sums that differ between threads: see `uneven_sums`
+    product      the instruction of the products
+    """
 
     kernel: str
     size: str
@@ -84,96 +72,10 @@ class Row(NamedTuple):
     wide_loads: int
     copies: int
     wide_copies: int
+    in_flight: int
+    barriers: int
     uneven: int
     product: str
-
-
-def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
-    """Label, size, precision, kernel, and what the launcher passes besides tensors and row counts (None: no tensor)."""
-    for n, k, d in SIZES:
-        size = f"N{n}-K{k}-D{d}"
-        for precision in PRECISIONS:
-            forward = walk_launch("routed_modules_fwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
-            backward = walk_launch("routed_modules_bwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
-            yield "routed_modules_fwd", size, precision, routed_modules_fwd_kernel, forward
-            yield "routed_modules_bwd", size, precision, routed_modules_bwd_kernel, backward
-            launch = gradient_launch(precision, n, k, d, ROWS) | {"STEP": 2}
-            yield "weight_gradient", size, precision, weight_gradient_kernel, launch
-        shared = route_launch(n, k)
-        unused: dict[str, dict[str, Any]] = {
-            "greedy": {"temperature_ptr": None, "noise_ptr": None, "given_ptr": None},
-            "sampled": {"given_ptr": None},
-            "given": {"temperature_ptr": None, "noise_ptr": None},
-        }
-        for mode, absent in unused.items():
-            launch = shared | {"RESROUTING": True} | absent
-            yield f"select_routes_fwd {mode}", size, "float32", select_routes_fwd_kernel, launch
-        yield "select_routes_bwd", size, "float32", select_routes_bwd_kernel, shared
-    for n, k, d in NARROW:
-        for precision in PRECISIONS:
-            backward = walk_launch("routed_modules_bwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
-            yield "routed_modules_bwd", f"N{n}-K{k}-D{d}", precision, routed_modules_bwd_kernel, backward
-    n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS)["SPLIT_ROWS"])
-    reduce = {"N_SPLITS": n_splits} | REDUCE_LAUNCH
-    yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
-    yield "row_order", "B1280", "float32", row_order_kernel, {"N_ROWS": ROWS} | ORDER_LAUNCH
-    split = {"H": 400, "T": 10} | ELEMENTS_LAUNCH
-    yield "split_base", "H400", "float32", split_base_kernel, split
-    yield "split_base_bwd", "H400", "float32", split_base_bwd_kernel, split
-    for n, d in ((4, 128), (2, 256)):
-        for targets in (n, 1):
-            yield "mix_fwd", f"N{n}-J{targets}-D{d}", "float32", mix_fwd_kernel, mix_launch(n, targets, d)
-            yield "mix_bwd", f"N{n}-J{targets}-D{d}", "float32", mix_bwd_kernel, mix_launch(n, targets, d)
-    for n, d, orthogonal in ((4, 400, True), (6, 400, True), (6, 50, False)):
-        size, launch = f"N{n}-D{d}", sum_launch(n, d, orthogonal, 0.0)
-        yield "expert_sum_fwd", size, "float32", expert_sum_fwd_kernel, launch
-        yield "expert_sum_bwd", size, "float32", expert_sum_bwd_kernel, launch
-    yield from cases_of_linear_layers()
-    yield from cases_of_the_update()
-
-
-def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
-    """As `cases`: the linear layers around the modules, of the critics as published; and one of a single output. The
-    first layer as the operation runs it, whose networks share x, the others as an update does."""
-    kernels = {
-        "fwd": ensemble_linear.ensemble_linear_fwd_kernel,
-        "bwd": ensemble_linear.ensemble_linear_bwd_kernel,
-        "gradient": ensemble_linear.ensemble_linear_gradient_kernel,
-    }
-    for n_in, n_out in LAYERS:
-        for precision in PRECISIONS:
-            for name, kernel in kernels.items():
-                launch = ensemble_linear.linear_launch(name, precision, n_in, n_out, ROWS)
-                shared = n_in == N_OBS + N_ACTIONS
-                flags: dict[str, Any] = {"SHARED": shared, "RELU": n_out > 1}
-                flags |= {"place_ptr": None} if shared and name != "gradient" else {}
-                flags |= {"bwd": {"E": 2, "FIRST": 0, "STEP": 1}, "fwd": {"X_STRIDE": n_in}}.get(name, {})
-                yield f"ensemble_linear_{name}", f"{n_in}to{n_out}", precision, kernel, launch | flags
-    for precision in PRECISIONS:
-        launch = network_gradient.gradient_launch(precision, ROWS)
-        yield "network_gradient", "any", precision, network_gradient.network_gradient_kernel, launch
-
-
-def cases_of_the_update() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
-    """As `cases`: the update's own operations, between and after the networks."""
-    yield "gumbel", "any", "float32", gumbel_kernel, {"TINY": 1.1754943508222875e-38} | GUMBEL_LAUNCH
-    for a in (1, N_ACTIONS, 7):
-        yield "squashed_normal_fwd", f"A{a}", "float32", squashed_normal_fwd_kernel, policy_launch(a)
-        yield "squashed_normal_bwd", f"A{a}", "float32", squashed_normal_bwd_kernel, policy_launch(a)
-    for n, k in ((16, 2), (32, 4)):
-        launch = rows_launch(N_OBS, N_ACTIONS, n * k)
-        yield "replay_rows", f"N{n}-K{k}", "float32", replay_rows_kernel, launch
-    settings = {"GAMMA": 0.99, "TARGET_ENTROPY": -4.0, "MAX_TASK_LOSS": 3000.0, "WEIGHTED": True}
-    for n_tasks, per_task in ((10, 128), (50, 128), (10, 4), (1, 5000)):
-        launch = losses_launch(2, n_tasks, per_task) | settings
-        yield "sac_losses", f"T{n_tasks}-n{per_task}", "float32", sac_losses_kernel, launch
-    squares, adam = optimiser_step.optimiser_squares_kernel, optimiser_step.optimiser_adam_kernel
-    yield "optimiser_squares", "any", "float32", squares, optimiser_step.squares_launch(0.9, 0.999)
-    launch = optimiser_step.adam_launch(400, [3e-4] * 4, 0.9, 0.999, 1e-8, 1.0, 0.005)
-    yield "optimiser_adam", "any", "float32", adam, launch
-    for n_tasks in (10, 50):
-        launch = optimiser_step.tasks_launch(n_tasks, 0.0)
-        yield "optimiser_tasks", f"T{n_tasks}", "float32", optimiser_step.optimiser_tasks_kernel, launch
 
 
 def compile_kernel(label: str, size: str, precision: str, kernel: Any, launch: dict[str, Any]) -> Row:
@@ -209,9 +111,29 @@ def compile_kernel(label: str, size: str, precision: str, kernel: Any, launch: d
         wide_loads=sum(".128" in op for op in loads),
         copies=len(copies),
         wide_copies=sum(".128" in op for op in copies),
+        in_flight=copies_in_flight(compiled.asm["ptx"]),
+        barriers=sum(op.startswith("BAR.SYNC") for op in code),
         uneven=uneven_sums(compiled.asm["ptx"]),
         product="+".join(kinds),
     )
+
+
+def copies_in_flight(ptx: str) -> int:
+    """The most groups of copies that are under way at a product, from one product to the next.
+
+    The code is read once from top to bottom: a loop stands below the copies that are issued ahead of it. A wgmma is
+    under way until it is awaited, other products where they stand.
+    """
+    pending = most = 0
+    steps = r"cp\.async\.(commit_group)|cp\.async\.wait_group\s+(\d+)|(wgmma\.wait_group|mma\.sync|fma\.rn\.f32)"
+    for commit, left, _ in re.findall(steps, ptx):
+        if commit:
+            pending += 1
+        elif left:
+            pending = min(pending, int(left))
+        else:
+            most = max(most, pending)
+    return most
 
 
 def uneven_sums(ptx: str) -> int:
@@ -259,16 +181,17 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: an interpreted kernel is not compiled; unset it")
     print(f"triton {triton.__version__}, sm_90, B={ROWS}; shared memory is at most {MAX_SHARED}")
-    line = "{:26} {:12} {:9} {:>9} {:>5} {:>9} {:>6} {:>5} {:>10} {:>6} {:>11} {:>6} {}"
+    line = "{:26} {:12} {:9} {:>9} {:>5} {:>9} {:>6} {:>5} {:>10} {:>6} {:>11} {:>9} {:>8} {:>6} {}"
     print(line.format(*Row._fields))
     rows = []
     for case in cases():
         rows.append(compile_kernel(*case))
         print(line.format(*rows[-1]), flush=True)
     if arguments.json is not None:
-        arguments.json.write_text(
-            json.dumps({"triton": triton.__version__, "rows": [r._asdict() for r in rows]}, indent=1)
-        )
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(row._asdict()) for row in rows)
+        head = f'"triton": "{triton.__version__}", "command": "python -m d2r_fast.kernels.compile_report"'
+        arguments.json.write_text(f'{{{head}, "rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Tile(NamedTuple):
 # 64 x 64: at E=2, B=1280 and 400 outputs 280 programs, about two for each of 132 multiprocessors; wgmma's m64n64.
 # Chosen by what sm_90 code they compile to (compile_report), before any timing.
 TILES = {
-    "float32": Tile(64, 64, 16, 8, 2),
+    "float32": Tile(64, 64, 16, 8, 3),
     "tf32": Tile(64, 64, 32, 4, 3),
     "bf16": Tile(64, 64, 64, 4, 3),
 }

@@ -32,14 +32,17 @@ class Settings(NamedTuple):
 # - The backward holds two adjoints and needs 143 registers; at 128 it spills up to 10 (40 bytes of stack), none of them
 #   in the loop of products, which costs less than a second round of tiles.
 # - The weight gradient takes whatever keeps two programs resident with a 128 x 64 total in registers: wgmma's m64n64.
+# - 2 stages are one buffer: a copy is issued after the product and awaited at once. 3 are two, so that a chunk's
+#   weights come while the one before is multiplied; but the forward in float32 would take 146 registers, and D = 256
+#   leaves no shared memory for a second program.
 # - float32 products are FFMA, unrolled over block_k: a longer chunk only lengthens the code.
 SETTINGS = {
     ("routed_modules_fwd", "float32"): (Settings(16, 32, 8, 2), Settings(16, 32, 8, 2)),
-    ("routed_modules_fwd", "tf32"): (Settings(16, 64, 8, 2), Settings(16, 64, 8, 2)),
-    ("routed_modules_fwd", "bf16"): (Settings(16, 64, 8, 2), Settings(16, 64, 8, 2)),
-    ("routed_modules_bwd", "float32"): (Settings(16, 32, 8, 2, 128), Settings(16, 32, 8, 2)),
-    ("routed_modules_bwd", "tf32"): (Settings(16, 64, 8, 2, 128), Settings(16, 64, 8, 2)),
-    ("routed_modules_bwd", "bf16"): (Settings(16, 64, 8, 2, 128), Settings(16, 32, 8, 2)),
+    ("routed_modules_fwd", "tf32"): (Settings(16, 64, 8, 3), Settings(16, 64, 8, 2)),
+    ("routed_modules_fwd", "bf16"): (Settings(16, 64, 8, 3), Settings(16, 64, 8, 2)),
+    ("routed_modules_bwd", "float32"): (Settings(16, 32, 8, 3, 128), Settings(16, 32, 8, 2)),
+    ("routed_modules_bwd", "tf32"): (Settings(16, 64, 8, 3, 128), Settings(16, 64, 8, 2)),
+    ("routed_modules_bwd", "bf16"): (Settings(16, 64, 8, 3, 128), Settings(16, 32, 8, 2)),
     ("weight_gradient", "float32"): (Settings(16, 64, 8, 1), Settings(16, 64, 8, 1)),
     ("weight_gradient", "tf32"): (Settings(16, 64, 8, 1), Settings(16, 64, 8, 1)),
     ("weight_gradient", "bf16"): (Settings(16, 64, 8, 1), Settings(16, 64, 8, 1)),

@@ -84,6 +84,37 @@ def test_threads_that_share_a_sum_agree_on_it(rows):
         assert row["uneven"] == 0, row
 
 
+def test_copies_are_under_way_while_products_are_made(rows):
+    """Two buffers that are two; but for a forward that would then take 146 registers a thread."""
+    for row in rows:
+        if row["copies"] > 0 and row["size"] != "N32-K4-D256":
+            single = (row["kernel"], row["precision"]) == ("routed_modules_fwd", "float32")
+            assert (row["in_flight"] == 0) == single, row
+
+
+@pytest.mark.parametrize(
+    ("steps", "in_flight"),
+    [
+        (("commit", "wait 0", "mma", "commit"), 0),  # issued after the product, awaited at once
+        (("commit", "commit", "wait 1", "mma", "commit"), 1),
+        (("commit", "wait 0", "wgmma", "commit", "wgmma wait"), 1),
+        (("commit", "commit", "wait 0"), 0),
+    ],
+)
+def test_the_report_tells_copies_in_flight(steps, in_flight):
+    from d2r_fast.kernels.compile_report import copies_in_flight
+
+    code = {
+        "commit": "cp.async.commit_group;",
+        "wait 0": "cp.async.wait_group \t0;",
+        "wait 1": "cp.async.wait_group 1;",
+        "mma": "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1};",
+        "wgmma": "wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32 {%r1};",
+        "wgmma wait": "wgmma.wait_group.sync.aligned 0;",
+    }
+    assert copies_in_flight("\n".join(code[step] for step in steps)) == in_flight
+
+
 @pytest.mark.parametrize(
     ("own", "addition", "uneven"),
     [

@@ -1,0 +1,122 @@
+"""The kernels as they are launched at published sizes, the largest and the narrowest, for `compile_report`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from d2r_fast.kernels import ensemble_linear, network_gradient, optimiser_step
+from d2r_fast.kernels.expert_sum import expert_sum_bwd_kernel, expert_sum_fwd_kernel, sum_launch
+from d2r_fast.kernels.gumbel import LAUNCH as GUMBEL_LAUNCH
+from d2r_fast.kernels.gumbel import gumbel_kernel
+from d2r_fast.kernels.layers import ELEMENTS_LAUNCH, split_base_bwd_kernel, split_base_kernel
+from d2r_fast.kernels.module_levels import mix_bwd_kernel, mix_fwd_kernel, mix_launch
+from d2r_fast.kernels.replay_rows import replay_rows_kernel, rows_launch
+from d2r_fast.kernels.routed_modules import routed_modules_bwd_kernel, routed_modules_fwd_kernel
+from d2r_fast.kernels.row_order import LAUNCH as ORDER_LAUNCH
+from d2r_fast.kernels.row_order import row_order_kernel
+from d2r_fast.kernels.sac_losses import losses_launch, sac_losses_kernel
+from d2r_fast.kernels.select_routes import route_launch, select_routes_bwd_kernel, select_routes_fwd_kernel
+from d2r_fast.kernels.settings import gradient_launch, walk_launch
+from d2r_fast.kernels.squashed_normal import (
+    policy_launch,
+    squashed_normal_bwd_kernel,
+    squashed_normal_fwd_kernel,
+)
+from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_kernel, weight_gradient_reduce_kernel
+
+from d2r_fast.ops.backends import PRECISIONS
+
+SIZES = ((16, 2, 128), (32, 4, 256))  # N, K, D: as published; and the largest that the tile sizes are chosen for
+NARROW = ((5, 2, 16), (5, 2, 17))  # so narrow, or odd, that a thread holds one feature of a row: see `uneven_sums`
+ROWS = 1280  # per network, as published
+N_OBS, N_ACTIONS = 39, 4  # Meta-World's
+LAYERS = ((N_OBS + N_ACTIONS, 400), (400, 400), (256, 136), (128, 1))
+"""Inputs and outputs: the first layer, whose rows are not 16-byte aligned, the largest, the logits, the value."""
+
+
+def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
+    """Label, size, precision, kernel, and what the launcher passes besides tensors and row counts (None: no tensor)."""
+    for n, k, d in SIZES:
+        size = f"N{n}-K{k}-D{d}"
+        for precision in PRECISIONS:
+            forward = walk_launch("routed_modules_fwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
+            backward = walk_launch("routed_modules_bwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
+            yield "routed_modules_fwd", size, precision, routed_modules_fwd_kernel, forward
+            yield "routed_modules_bwd", size, precision, routed_modules_bwd_kernel, backward
+            launch = gradient_launch(precision, n, k, d, ROWS) | {"STEP": 2}
+            yield "weight_gradient", size, precision, weight_gradient_kernel, launch
+        shared = route_launch(n, k)
+        unused: dict[str, dict[str, Any]] = {
+            "greedy": {"temperature_ptr": None, "noise_ptr": None, "given_ptr": None},
+            "sampled": {"given_ptr": None},
+            "given": {"temperature_ptr": None, "noise_ptr": None},
+        }
+        for mode, absent in unused.items():
+            launch = shared | {"RESROUTING": True} | absent
+            yield f"select_routes_fwd {mode}", size, "float32", select_routes_fwd_kernel, launch
+        yield "select_routes_bwd", size, "float32", select_routes_bwd_kernel, shared
+    for n, k, d in NARROW:
+        for precision in PRECISIONS:
+            backward = walk_launch("routed_modules_bwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
+            yield "routed_modules_bwd", f"N{n}-K{k}-D{d}", precision, routed_modules_bwd_kernel, backward
+    n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS)["SPLIT_ROWS"])
+    reduce = {"N_SPLITS": n_splits} | REDUCE_LAUNCH
+    yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
+    yield "row_order", "B1280", "float32", row_order_kernel, {"N_ROWS": ROWS} | ORDER_LAUNCH
+    split = {"H": 400, "T": 10} | ELEMENTS_LAUNCH
+    yield "split_base", "H400", "float32", split_base_kernel, split
+    yield "split_base_bwd", "H400", "float32", split_base_bwd_kernel, split
+    for n, d in ((4, 128), (2, 256)):
+        for targets in (n, 1):
+            yield "mix_fwd", f"N{n}-J{targets}-D{d}", "float32", mix_fwd_kernel, mix_launch(n, targets, d)
+            yield "mix_bwd", f"N{n}-J{targets}-D{d}", "float32", mix_bwd_kernel, mix_launch(n, targets, d)
+    for n, d, orthogonal in ((4, 400, True), (6, 400, True), (6, 50, False)):
+        size, launch = f"N{n}-D{d}", sum_launch(n, d, orthogonal, 0.0)
+        yield "expert_sum_fwd", size, "float32", expert_sum_fwd_kernel, launch
+        yield "expert_sum_bwd", size, "float32", expert_sum_bwd_kernel, launch
+    yield from cases_of_linear_layers()
+    yield from cases_of_the_update()
+
+
+def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
+    """As `cases`: the linear layers around the modules, of the critics as published; and one of a single output. The
+    first layer as the operation runs it, whose networks share x, the others as an update does."""
+    kernels = {
+        "fwd": ensemble_linear.ensemble_linear_fwd_kernel,
+        "bwd": ensemble_linear.ensemble_linear_bwd_kernel,
+        "gradient": ensemble_linear.ensemble_linear_gradient_kernel,
+    }
+    for n_in, n_out in LAYERS:
+        for precision in PRECISIONS:
+            for name, kernel in kernels.items():
+                launch = ensemble_linear.linear_launch(name, precision, n_in, n_out, ROWS)
+                shared = n_in == N_OBS + N_ACTIONS
+                flags: dict[str, Any] = {"SHARED": shared, "RELU": n_out > 1}
+                flags |= {"place_ptr": None} if shared and name != "gradient" else {}
+                flags |= {"bwd": {"E": 2, "FIRST": 0, "STEP": 1}, "fwd": {"X_STRIDE": n_in}}.get(name, {})
+                yield f"ensemble_linear_{name}", f"{n_in}to{n_out}", precision, kernel, launch | flags
+    for precision in PRECISIONS:
+        launch = network_gradient.gradient_launch(precision, ROWS)
+        yield "network_gradient", "any", precision, network_gradient.network_gradient_kernel, launch
+
+
+def cases_of_the_update() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
+    """As `cases`: the update's own operations, between and after the networks."""
+    yield "gumbel", "any", "float32", gumbel_kernel, {"TINY": 1.1754943508222875e-38} | GUMBEL_LAUNCH
+    for a in (1, N_ACTIONS, 7):
+        yield "squashed_normal_fwd", f"A{a}", "float32", squashed_normal_fwd_kernel, policy_launch(a)
+        yield "squashed_normal_bwd", f"A{a}", "float32", squashed_normal_bwd_kernel, policy_launch(a)
+    for n, k in ((16, 2), (32, 4)):
+        launch = rows_launch(N_OBS, N_ACTIONS, n * k)
+        yield "replay_rows", f"N{n}-K{k}", "float32", replay_rows_kernel, launch
+    settings = {"GAMMA": 0.99, "TARGET_ENTROPY": -4.0, "MAX_TASK_LOSS": 3000.0, "WEIGHTED": True}
+    for n_tasks, per_task in ((10, 128), (50, 128), (10, 4), (1, 5000)):
+        launch = losses_launch(2, n_tasks, per_task) | settings
+        yield "sac_losses", f"T{n_tasks}-n{per_task}", "float32", sac_losses_kernel, launch
+    squares, adam = optimiser_step.optimiser_squares_kernel, optimiser_step.optimiser_adam_kernel
+    yield "optimiser_squares", "any", "float32", squares, optimiser_step.squares_launch(0.9, 0.999)
+    launch = optimiser_step.adam_launch(400, [3e-4] * 4, 0.9, 0.999, 1e-8, 1.0, 0.005)
+    yield "optimiser_adam", "any", "float32", adam, launch
+    for n_tasks in (10, 50):
+        launch = optimiser_step.tasks_launch(n_tasks, 0.0)
+        yield "optimiser_tasks", f"T{n_tasks}", "float32", optimiser_step.optimiser_tasks_kernel, launch
