@@ -67,7 +67,9 @@ def expert_sum_bwd_kernel(
                 d_c = -sum_products(d_r, b_j, 0)
                 d_v += d_c * b_j
                 d_b_j = tl.load(d_v_ptr + other, mask=exists, other=0.0)
+                tl.debug_barrier()  # of a narrow row several threads read what one of them writes
                 tl.store(d_v_ptr + other, d_b_j + d_c * v - sum_products(v, b_j, 0) * d_r, mask=exists)
+            tl.debug_barrier()
             tl.store(d_v_ptr + at, d_v, mask=exists)
 
 

@@ -13,6 +13,7 @@ from d2r_fast.kernels import ensemble_linear as linear
 from d2r_fast.kernels import layers, network_gradient
 from d2r_fast.kernels.tiles import to_tf32
 
+from d2r_fast.ops.backends import INTERPRETED
 from d2r_fast.ops.layer_gradients import Product, Rows, Sum
 
 pytestmark = [
@@ -22,13 +23,13 @@ pytestmark = [
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter takes float64, which tells a wrong term from rounding; a device takes float32.
-DTYPE, TOLERANCE = (torch.float32, 1e-5) if DEVICE == "cuda" else (torch.float64, 1e-12)
+DTYPE, TOLERANCE = (torch.float64, 1e-12) if INTERPRETED else (torch.float32, 1e-5)
 NAMES = ("y", "d_x", "d_weight", "d_bias")
 
 
 def nearest(value, precision):
     """float32 rounded to the operands' precision, to nearest, in float64. Triton's interpreter only cuts bf16 off."""
-    if precision == "bf16" and DEVICE == "cpu":
+    if precision == "bf16" and INTERPRETED:
         return (value.view(torch.int32) & -0x10000).view(torch.float32).double()
     if precision == "bf16":
         return value.bfloat16().double()
