@@ -36,6 +36,8 @@ class Card:
     """Bytes a second from memory."""
     l2: float = 5.5e12
     """Bytes a second from the second-level cache, of all multiprocessors together."""
+    l2_port: float = 64.0
+    """Bytes a cycle between it and one multiprocessor, which together could take more than it gives."""
     l2_bytes: float = 50e6
     """Its size."""
     multiprocessors: int = 132
@@ -172,7 +174,7 @@ def predict(call: Call, card: Card, cached: Cache, resources: Resources | None) 
     uneven = ceil(programs / card.multiprocessors) * card.multiprocessors / programs if programs else 1.0
     times = {
         "HBM": hbm / card.hbm,
-        "L2": traffic / card.l2 * uneven,
+        "L2": traffic * max(1 / card.l2, uneven / (card.multiprocessors * card.l2_port * card.clock)),
         "arithmetic": work.flop / _rate(precision, resources, card) * uneven,
         "steps": chain * waves,
     }

@@ -8,7 +8,7 @@ torch's is one, though a GPU may run it as several kernels: a sort, or a product
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from d2r_fast.kernels import network_gradient
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -62,7 +63,7 @@ class Call(NamedTuple):
     kind       of KINDS
     name       of torch's call or of the operation; "NAME_kernel (Triton)" of a launch
     kernel     the Triton kernel; None: a call of torch's
-    arguments  by name, a launch's constants included; a tensor as `Memory`
+    arguments  by name, a launch's constants included; a tensor as `Memory`; "of_table": what `gradient_table` was given
     results    tensors that a call of torch's returns; a kernel's are among its arguments
     grid       of a launch
     freed      allocations that were given back since the call before
@@ -86,6 +87,7 @@ class RecordCalls(TorchDispatchMode):
         self.calls: list[Call] = []
         self._storages: dict[int, tuple[int, StorageWeakRef]] = {}  # by address, which a reference to it keeps
         self._n_storages = 0
+        self._tables: dict[int, list[Any]] = {}  # what each table of gradients says, by its storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -123,7 +125,14 @@ class RecordCalls(TorchDispatchMode):
     def launch(self, kernel: Any, grid: tuple[int, ...], args: Any, kwargs: dict[str, Any]) -> None:
         """Note a launch of a Triton kernel, instead of making it."""
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        if "table_ptr" in arguments:
+            arguments["of_table"] = self._tables.get(self._noted(arguments["table_ptr"]).storage)
         self._note("ours", f"{kernel.fn.__name__} (Triton)", kernel, arguments, [], tuple(grid))
+
+    def keep_table(self, table: Tensor, gradients: list[Any]) -> Tensor:
+        """Note of what a table is, whose tensor holds nothing."""
+        self._tables[self._noted(table).storage] = gradients
+        return table
 
     def _note(
         self, kind: str, name: str, kernel: Any, arguments: dict[str, Any], results: list[Memory], grid: tuple[int, ...]
@@ -173,9 +182,15 @@ def pretended_gpu(recorder: RecordCalls) -> Iterator[None]:
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         recorder.launch(kernel, grid, args, kwargs)
 
+    make_table = network_gradient.gradient_table
+
+    def table(like: Tensor, gradients: Sequence[Any], precision: str, n_rows: int) -> Tensor:
+        return recorder.keep_table(make_table(like, gradients, precision, n_rows), list(gradients))
+
     on_cpu, fake = torch.Generator, FakeTensorMode()  # which imports much that must see torch as it is
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", launch))
+        stack.enter_context(mock.patch.object(network_gradient, "gradient_table", table))
         stack.enter_context(mock.patch.object(torch, "Generator", lambda device=None: on_cpu()))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", nullcontext))
         stack.enter_context(mock.patch.object(torch.cuda, "Event", mock.Mock))

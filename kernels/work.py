@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from d2r_fast.kernels.launches import Call, Memory
 
+from d2r_fast.ops.layer_gradients import Product
+
 FLOAT = 4  # bytes
 
 
@@ -125,15 +127,25 @@ def _linear_bwd(call: Call) -> Work:
 
 
 def _network_gradient(call: Call) -> Work:
-    """Every line of the table as if it were a tile of a product; sums are fewer and shorter."""
-    a, n_lines = call.arguments, call.grid[0]
-    depth = _blocks(a["N_ROWS"], a["BLOCK_DEPTH"])
-    d_z, y, x = (n_lines * a[name] * depth * FLOAT for name in ("BLOCK_OUT", "BLOCK_OUT", "BLOCK_IN"))
-    different = min(a["d_z_ptr"].n_bytes, a["act_ptr"].n_bytes)
-    accesses = [Access(a["d_z_ptr"], different, d_z, False), Access(a["act_ptr"], different, x + y, False)]
-    tiles = n_lines * a["BLOCK_OUT"] * a["BLOCK_IN"] * FLOAT
-    accesses += _part(a["gradient_ptr"], min(tiles, a["gradient_ptr"].n_bytes), written=True)
-    flop = 2.0 * n_lines * a["BLOCK_OUT"] * a["BLOCK_IN"] * depth
+    """Tiles of products, and sums; both read the output behind d_z where a ReLU is."""
+    a = call.arguments
+    depth, n_tiles = _blocks(a["N_ROWS"], a["BLOCK_DEPTH"]), 0
+    d_z = act = d_z_traffic = act_traffic = written = 0.0
+    for g in a["of_table"]:
+        is_product = isinstance(g, Product)
+        n_rows, width = (a["N_ROWS"], g.n_in) if is_product else (g.n_rows, 0)
+        gradient, behind = g.d_z.width * n_rows * FLOAT, g.d_z.y_at >= 0
+        times = ceil(width / a["BLOCK_IN"]) if is_product else 1
+        d_z_traffic += gradient * times
+        act_traffic += gradient * times * behind + width * n_rows * FLOAT * ceil(g.d_z.width / a["BLOCK_OUT"])
+        written += g.d_z.width * max(width, 1) * FLOAT
+        if is_product:  # what a product reads, the sums of its rows read as well
+            d_z, act = d_z + gradient, act + gradient * behind + width * n_rows * FLOAT
+            n_tiles += ceil(g.d_z.width / a["BLOCK_OUT"]) * times
+    accesses = [Access(a["d_z_ptr"], min(d_z, a["d_z_ptr"].n_bytes), d_z_traffic, False)]
+    accesses += [Access(a["act_ptr"], min(act, a["act_ptr"].n_bytes), act_traffic, False)]
+    accesses += _part(a["gradient_ptr"], written, written=True)
+    flop = 2.0 * n_tiles * a["BLOCK_OUT"] * a["BLOCK_IN"] * depth
     chunks = depth // a["BLOCK_DEPTH"]
     return Work(accesses, flop, loads=3, chunks=chunks, depth=depth, passes=chunks)
 

@@ -13,6 +13,8 @@ from d2r_fast.kernels.cost import CARDS, Cache, Resources, predict
 from d2r_fast.kernels.launches import SUITES, Call, Memory
 from d2r_fast.kernels.work import route_shares, work_of
 
+from d2r_fast.ops.layer_gradients import Product, Rows, Sum
+
 EVERY_LAUNCH = """
 import json
 from d2r_fast.kernels.cost import CARDS, Resources, predicted_update
@@ -77,6 +79,18 @@ def test_a_linear_layer_reads_its_operands_once_a_tile():
     assert (work.chunks, work.depth, work.flop) == (13, 416, 2 * 2 * 1280 * 256 * 416)
     line = predict(launched, CARDS["h200"], Cache(50e6), Resources(96, 40960, 5, 2, "HGMMA"))
     assert (line.programs, line.resident, line.waves) == (160, 5, 1)
+
+
+def test_gradients_of_a_network_are_tiles_of_products_and_sums():
+    rows = Rows(outside=False, at=0, width=100, y_at=0)
+    products = [Product(rows, False, 0, 70, 70, 0), Sum(rows, 0, 1280, 7000, 1)]
+    tensors = {"d_z_ptr": memory(1280, 100), "act_ptr": memory(1280, 170), "gradient_ptr": memory(7100)}
+    sizes = {"N_ROWS": 1280, "BLOCK_OUT": 64, "BLOCK_IN": 64, "BLOCK_DEPTH": 32, "of_table": products}
+    work = work_of(call("network_gradient_kernel (Triton)", kernel=object(), grid=(6,), **sizes, **tensors))
+    assert work.flop == 2 * 4 * 64 * 64 * 1280
+    d_z, act, gradient = work.accesses
+    assert (d_z.n_bytes, d_z.traffic) == (tensors["d_z_ptr"].n_bytes, 3 * tensors["d_z_ptr"].n_bytes)
+    assert act.traffic == 3 * 1280 * 100 * 4 + 2 * 1280 * 70 * 4 and gradient.n_bytes == 7100 * 4
 
 
 @pytest.mark.parametrize(
