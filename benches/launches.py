@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from d2r_fast.kernels.launches import KINDS, SUITES, Call, RecordCalls, calls_on_gpu, suite_config
 from timing import print_table, write_report
 from update_step import make_learner
 
 from d2r_fast.config import RunConfig
+from d2r_fast.kernels.launches import KINDS, SUITES, Call, RecordCalls, calls_on_gpu, suite_config
 from d2r_fast.ops.backends import INTERPRETED, PRECISIONS
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from d2r_fast.kernels import ensemble_linear as linear
 from timing import graphed, measure, print_table, write_report
 from torch import Tensor
 
+from d2r_fast.kernels import ensemble_linear as linear
 from d2r_fast.ops.backends import PRECISIONS
 from d2r_fast.ops.reference.products import product
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import triton
+
 from d2r_fast.kernels import ensemble_linear, network_gradient, optimiser_step
 from d2r_fast.kernels.expert_sum import expert_sum_bwd_kernel, expert_sum_fwd_kernel, sum_launch
 from d2r_fast.kernels.gumbel import LAUNCH as GUMBEL_LAUNCH
@@ -23,7 +24,6 @@ from d2r_fast.kernels.squashed_normal import (
     squashed_normal_fwd_kernel,
 )
 from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_kernel, weight_gradient_reduce_kernel
-
 from d2r_fast.ops.backends import PRECISIONS
 
 SIZES = ((16, 2, 128), (32, 4, 256))  # N, K, D: as published; and the largest that the tile sizes are chosen for

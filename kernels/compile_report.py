@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from d2r_fast.kernels.compile_cases import ROWS, cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from d2r_fast.kernels.compile_cases import ROWS, cases
 
 TARGET = GPUTarget("cuda", 90, 32)
 MAX_STACK = {"routed_modules_fwd": 64, "routed_modules_bwd": 64}

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+
 from d2r_fast.kernels.compile_report import OPTIONS, compile_kernel
 from d2r_fast.kernels.launches import SUITES, Call, Memory, calls_on_gpu, suite_config
 from d2r_fast.kernels.work import Work, products_in, torch_programs, work_of
-
 from d2r_fast.ops.backends import PRECISIONS
 
 

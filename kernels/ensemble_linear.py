@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from d2r_fast.kernels.settings import FUSED, check_dtype, packed
 from d2r_fast.kernels.tiles import place_of, rounded_product
 from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_reduce_kernel
-from torch import Tensor
-
 from d2r_fast.ops.backends import check_precision
 
 

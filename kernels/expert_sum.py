@@ -6,9 +6,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from d2r_fast.kernels.settings import FUSED, check_real, check_tensor, packed
 from d2r_fast.kernels.tiles import sum_products
-from torch import Tensor
 
 
 @triton.jit

@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from d2r_fast.kernels.settings import FUSED, check_in_place, check_real
 from torch import Tensor
+
+from d2r_fast.kernels.settings import FUSED, check_in_place, check_real
 
 LAUNCH = {"BLOCK": 1024, "num_warps": 4} | FUSED  # 8 numbers a thread, in two accesses of 128 bits
 

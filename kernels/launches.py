@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from d2r_fast.kernels import network_gradient
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -26,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from d2r_fast.config import RunConfig
 from d2r_fast.envs import MultiTaskEnvs
+from d2r_fast.kernels import network_gradient
 from d2r_fast.learning.learner import Learner
 from d2r_fast.learning.parameters import FlatParameters
 from d2r_fast.learning.replay import Replay

@@ -3,9 +3,10 @@ gradient (`d2r_fast.learning.layered`). Both are bandwidth-bound."""
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from d2r_fast.kernels.settings import FUSED, check_dtype
 from d2r_fast.kernels.tiles import place_of
-from torch import Tensor
 
 ELEMENTS_LAUNCH = {"BLOCK": 1024, "num_warps": 4} | FUSED
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from d2r_fast.kernels.settings import FUSED, check_dtype, packed
-from d2r_fast.kernels.tiles import sum_products
 from torch import Tensor
 
+from d2r_fast.kernels.settings import FUSED, check_dtype, packed
+from d2r_fast.kernels.tiles import sum_products
 from d2r_fast.ops.reference.products import product
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from d2r_fast.kernels.ensemble_linear import TILES
 from d2r_fast.kernels.settings import FUSED, check_dtype
 from d2r_fast.kernels.tiles import rounded_product
-from torch import Tensor
-
 from d2r_fast.ops.backends import check_precision
 from d2r_fast.ops.layer_gradients import Product, Sum
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from d2r_fast.kernels.settings import FUSED, check_in_place, check_real, check_tensor
 from d2r_fast.kernels.tiles import sum_products
-from torch import Tensor
 
 PIECE = 2048  # numbers of one program
 N_COLUMNS = tl.constexpr(5)  # of the table

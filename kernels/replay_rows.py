@@ -5,8 +5,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from d2r_fast.kernels.settings import FUSED, check_in_place, check_tensor, packed
 from torch import Tensor
+
+from d2r_fast.kernels.settings import FUSED, check_in_place, check_tensor, packed
 
 BLOCK_NUMBERS = 512  # of x: at the published sizes 8 rows a program, 160 programs for 1,280 rows
 

@@ -11,12 +11,12 @@ adjoints hold whatever the allocation held. A tile whose rows all skip a module 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from d2r_fast.kernels.row_order import row_order
 from d2r_fast.kernels.settings import check_dtype, packed, walk_launch
 from d2r_fast.kernels.tiles import mix_sources, place_of, product, sum_products, tile_rows
 from d2r_fast.kernels.weight_gradient import weight_gradient
-from torch import Tensor
-
 from d2r_fast.ops.select_routes import Routes
 
 # Sorting rows by their active modules lets a tile skip more, and costs a launch of its own. Up to about two tiles of 16

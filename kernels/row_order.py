@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from d2r_fast.kernels.settings import FUSED
 from torch import Tensor
+
+from d2r_fast.kernels.settings import FUSED
 
 LAUNCH = {"BLOCK_ROWS": 32, "BLOCK_OTHERS": 256, "num_warps": 4} | FUSED
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from d2r_fast.kernels.settings import FUSED, check_in_place, check_real, check_tensor, packed
 from torch import Tensor
+
+from d2r_fast.kernels.settings import FUSED, check_in_place, check_real, check_tensor, packed
 
 MOST_ROWS = 512  # of a task at once: 4 a thread
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from d2r_fast.kernels.settings import FUSED, check_dtype, packed
 from d2r_fast.kernels.tiles import sum_products
-from torch import Tensor
 
 WARP_LOGITS = 256  # of the padded block, 8 a thread: at N=16 a row is one warp, so no reduction needs a barrier
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from d2r_fast.kernels.settings import FUSED, check_real, check_tensor, packed
 from torch import Tensor
 
+from d2r_fast.kernels.settings import FUSED, check_real, check_tensor, packed
 from d2r_fast.ops.squashed_normal import EDGE as EDGE_OF_LOG
 from d2r_fast.ops.squashed_normal import LOG_STD_RANGE
 

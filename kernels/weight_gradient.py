@@ -5,9 +5,10 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from d2r_fast.kernels.settings import FUSED, gradient_launch
 from d2r_fast.kernels.tiles import mix_sources, product
-from torch import Tensor
 
 REDUCE_LAUNCH = {"BLOCK": 1024, "num_warps": 4} | FUSED
 

@@ -10,8 +10,8 @@ from math import ceil, prod
 from typing import Any, NamedTuple
 
 import torch
-from d2r_fast.kernels.launches import Call, Memory
 
+from d2r_fast.kernels.launches import Call, Memory
 from d2r_fast.ops.layer_gradients import Product
 
 FLOAT = 4  # bytes

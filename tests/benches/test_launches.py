@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from d2r_fast.kernels.launches import KINDS, SUITES, RecordCalls
 
+from d2r_fast.kernels.launches import KINDS, SUITES, RecordCalls
 from d2r_fast.ops.backends import PRECISIONS
 
 CEILING = {"cpu": 10, "gpu": 60}

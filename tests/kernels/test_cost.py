@@ -12,7 +12,6 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 from d2r_fast.kernels.cost import CARDS, Cache, Resources, predict
 from d2r_fast.kernels.launches import SUITES, Call, Memory
 from d2r_fast.kernels.work import route_shares, work_of
-
 from d2r_fast.ops.layer_gradients import Product, Rows, Sum
 
 EVERY_LAUNCH = """

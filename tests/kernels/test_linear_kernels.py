@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 import triton
 import triton.language as tl
+
 from d2r_fast.kernels import ensemble_linear as linear
 from d2r_fast.kernels import layers, network_gradient
 from d2r_fast.kernels.tiles import to_tf32
-
 from d2r_fast.ops.backends import INTERPRETED
 from d2r_fast.ops.layer_gradients import Product, Rows, Sum
 

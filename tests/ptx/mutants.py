@@ -19,11 +19,12 @@ os.environ |= {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}  # as `check
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from d2r_fast.kernels import expert_sum
 from ptx.jit import emulated
 from ptx.memory import EmulationError
 from ptx.more_sizes import linear, modules
 from torch import Tensor
+
+from d2r_fast.kernels import expert_sum
 
 ORDERING = re.compile(
     r"\s*(bar\.sync|bar\.warp\.sync|cp\.async\.wait_group|cp\.async\.commit_group|fence\.proxy|wgmma\.wait_group|"
