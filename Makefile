@@ -11,6 +11,8 @@ ENVS   ?= build/envs
 # What to train: any name that `.venv/bin/d2r presets` prints, or the path of a run's config.json.
 PRESET ?= quick
 ARGS   ?=
+# Processes that share the tests, a file each at a time.
+JOBS   ?= logical
 
 .PHONY: setup train test check wheel wheel-check matrix clean
 
@@ -27,7 +29,7 @@ train: setup
 	$(BIN)/d2r train $(PRESET) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 check: setup
 	$(BIN)/ruff check d2r_fast kernels tests benches examples setup.py
@@ -47,7 +49,7 @@ wheel-check:
 
 # All tests on one Python and one torch, against the package as pip installs it.
 matrix:
-	bash tools/matrix.sh $(PYTHON) $(TORCH) $(ENVS) $(ARGS)
+	bash tools/matrix.sh $(PYTHON) $(TORCH) $(ENVS) --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

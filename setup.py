@@ -30,6 +30,7 @@ DEV = [
     "mypy>=1.10",
     "pytest>=8",
     "pytest-benchmark>=4",
+    "pytest-xdist>=3.5",
     "ruff>=0.5",
     'triton>=3.6; platform_system == "Linux"',
     "types-psutil",
