@@ -1,4 +1,4 @@
-# make setup | train | test | check: everything runs in .venv, which `setup` makes from PYTHON and TORCH.
+# make setup | train | test | check | docs: everything runs in .venv, which `setup` makes from PYTHON and TORCH.
 # make wheel | wheel-check | matrix: what users get, and where it runs (docs/matrix.md).
 PYTHON ?= python3
 TORCH  ?= 2.13.0
@@ -14,7 +14,7 @@ ARGS   ?=
 # Processes that share the tests, a file each at a time.
 JOBS   ?= logical
 
-.PHONY: setup train test check wheel wheel-check matrix clean
+.PHONY: setup train test check docs wheel wheel-check matrix clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,11 @@ check: setup
 	$(BIN)/ruff check d2r_fast kernels tests benches examples setup.py
 	$(BIN)/ruff format --check d2r_fast kernels tests benches examples setup.py
 	$(BIN)/mypy
+
+# The pages of docs/ as a site that works from its folder; builds without a network.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo build/site/index.html
 
 # For any Python from 3.11 and any torch from 2.11. Without a compiler there is none: it would be named -any.whl.
 wheel:

@@ -25,6 +25,7 @@ TRAIN = [
     "tqdm>=4.66",
     "tyro>=0.9",
 ]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 DEV = [
     "hypothesis>=6.100",
     "mypy>=1.10",
@@ -108,6 +109,6 @@ setup(
     cmdclass={"build_py": BuildPackage, "build_ext": BuildCpuLibrary, "bdist_wheel": Wheel},
     # The network and its operations need only these; everything that trains is in the extra.
     install_requires=["numpy>=1.26", "torch>=2.11"],
-    extras_require={"train": TRAIN, "dev": TRAIN + DEV},
+    extras_require={"train": TRAIN, "docs": DOCS, "dev": TRAIN + DOCS + DEV},
     entry_points={"console_scripts": ["d2r = d2r_fast.cli:main"]},
 )
