@@ -37,6 +37,11 @@ class SacConfig:
     MOORE and mtrl."""
     max_task_loss: float | None = 3000.0
     """A task whose summed loss exceeds this is left out of the update, as in D2R and PaCo; None: no limit."""
+    route_balancing: bool = True
+    """D2R's route temperatures, T softmax(-log alpha). False: 1 for every task."""
+    actor_routes: Literal["replayed", "sampled", "greedy"] = "replayed"
+    """Along which routes D2R's actor learns: those that it acted on, as published, or ones chosen anew, by sampling or
+    greedily."""
 
     def __post_init__(self) -> None:
         require(0 <= self.gamma <= 1, f"sac.gamma: expected 0..1, got {self.gamma}")
@@ -49,6 +54,11 @@ class SacConfig:
             self.max_alpha is None or self.init_alpha <= self.max_alpha,
             f"sac.init_alpha: expected at most max_alpha={self.max_alpha}, got {self.init_alpha}",
         )
+
+    @property
+    def chooses_routes_as_published(self) -> bool:
+        """Whether the settings that only a network with routes has a use for are left as they are."""
+        return self.route_balancing and self.actor_routes == "replayed"
 
     @property
     def max_log_alpha(self) -> float:
@@ -173,6 +183,11 @@ class RunConfig:
                 f"{name}: expected a multiple of chunk_steps={self.chunk_steps}, got {getattr(self, name)}",
             )
         choose_engines(self.task_names, self.env.engine, self.env.goals)  # refuses goals that an engine does not have
+        require(
+            self.net.route_shape[0] > 0 or self.sac.chooses_routes_as_published,
+            f"sac.route_balancing, sac.actor_routes: expected the defaults with network {self.net.kind}, which chooses "
+            f"no routes, got {self.sac.route_balancing}, {self.sac.actor_routes!r}",
+        )
         n_tasks = self.n_tasks
         require(
             self.batch_size % n_tasks == 0,

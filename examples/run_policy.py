@@ -25,6 +25,7 @@ class Policy(nn.Module):
             raise ValueError(f"{prefix}.json: expected what d2r export writes for network d2r")
         self.tasks, net = sizes["tasks"], sizes["network"]
         self.n_modules, self.top_k, self.residual = net["n_modules"], net["top_k"], net["residual"]
+        self.dynamic_depth = net.get("dynamic_depth", True)
         self.n_route_layers = len(net["route_widths"]) + 1
         for name, value in load_file(f"{prefix}.safetensors").items():
             self.register_buffer(name.replace(".", "_"), value[0])  # of the one network that an actor is
@@ -41,8 +42,11 @@ class Policy(nn.Module):
 
         modules = [self.layer("module0", f.relu()).relu()]
         for i, of_route in enumerate(logits.split(list(range(1, self.n_modules + 1)), -1), start=1):
-            kept, index = of_route.topk(min(self.top_k, i), -1)  # route i chooses among the i modules below it
-            gate = kept.softmax(-1)
+            score = of_route.clone()
+            if not self.dynamic_depth:  # the module below is always one of them
+                score[:, -1] = torch.inf
+            index = score.topk(min(self.top_k, i), -1).indices  # route i chooses among the i modules below it
+            gate = of_route.gather(-1, index).softmax(-1)
             sources = torch.stack(modules, 1)[torch.arange(len(obs))[:, None], index]  # [B,K,D]
             x = (gate[..., None] * sources).sum(1)
             if i < self.n_modules:

@@ -149,7 +149,8 @@ def as_one_step(batch: Batch, draws: Draws) -> tuple[ReplayRows, Tensor, one_ste
     pairs = (batch.obs, batch.action), (batch.obs, room), (batch.next_obs, room)
     x = torch.stack([torch.cat(pair, 1) for pair in pairs])
     rows = ReplayRows(x, batch.reward, batch.terminal, batch.route[None])
-    return rows, batch.task.repeat(2), one_step.Draws(torch.cat([draws.noise, draws.next_noise]), draws.critic_choice)
+    noise = torch.cat([draws.noise, draws.next_noise])
+    return rows, batch.task.repeat(2), one_step.Draws(noise, draws.critic_choice, draws.actor_noise)
 
 
 def check_update(v: Vector) -> Iterator[Quantity]:

@@ -55,6 +55,16 @@ def sampled(k, tau, noise):
     return choose
 
 
+def through_all(k, choose):
+    """Without dynamic depth: the module below, and the first k-1 others of all that the choice would take in order."""
+
+    def with_module_below(i, group):
+        others = [s for s in choose(i, group) if s != i - 1]
+        return [i - 1, *others][:k]
+
+    return with_module_below
+
+
 def network(p, x, t, choose, training=True, resrouting=True, residual=True):
     """One row through one network: x [n_in], task number t -> out [n_out]."""
     f = linear(p, "base.1", relu(linear(p, "base.0", x)))
@@ -130,6 +140,7 @@ class SlowSac:
     log_alpha: torch.Tensor
     route_temp: list
     k: int
+    dynamic_depth: bool
     cfg: object
     moments: dict = field(default_factory=dict)
 
@@ -146,12 +157,25 @@ class SlowSac:
             log_alpha=state["log_alpha"].detach().double().clone().requires_grad_(),
             route_temp=state["route_temp"].tolist(),
             k=agent.actor.net.cfg.top_k,
+            dynamic_depth=agent.actor.net.cfg.dynamic_depth,
             cfg=cfg,
         )
 
     def weights(self):
         inverse = [1 / math.exp(v) for v in self.log_alpha.tolist()]
         return [len(inverse) * v / sum(inverse) for v in inverse]
+
+    def greedy(self):
+        return greedy(self.k) if self.dynamic_depth else through_all(self.k, greedy(self.k))
+
+    def sampled(self, t, noise):
+        choose = sampled(self.k, self.route_temp[t], noise.tolist())
+        return choose if self.dynamic_depth else through_all(self.k, choose)
+
+    def actor_routes(self, batch, draws, b, t):
+        if self.cfg.actor_routes == "replayed":
+            return given(batch.route[b].tolist())
+        return self.greedy() if self.cfg.actor_routes == "greedy" else self.sampled(t, draws.actor_noise[0, b])
 
     def q(self, net, obs, action, t, choose):
         return network(net, torch.cat([obs, action]), t, choose)[0]
@@ -167,21 +191,20 @@ class SlowSac:
             alpha_term, actor_term, critic_terms = 0, 0, [0, 0]
             for b in rows:
                 obs = batch.obs[b]
-                action, logp = policy(self.nets["actor"], obs, t, draws.noise[b], given(batch.route[b].tolist()))
+                action, logp = policy(self.nets["actor"], obs, t, draws.noise[b], self.actor_routes(batch, draws, b, t))
                 alpha_term = alpha_term - self.log_alpha[t] * (logp.item() - n_actions) / len(rows)
-                qs = [self.q(self.nets[f"critic{e}"], obs, action, t, greedy(self.k)) for e in (0, 1)]
+                qs = [self.q(self.nets[f"critic{e}"], obs, action, t, self.greedy()) for e in (0, 1)]
                 lowest = qs[0] if qs[0] < qs[1] else qs[1]
                 actor_term = actor_term + weights[t] * (alpha * logp - lowest) / len(rows)
 
                 with torch.no_grad():
                     after = batch.next_obs[b]
-                    action, logp = policy(self.nets["actor"], after, t, draws.next_noise[b], greedy(self.k))
-                    value = min(self.q(net, after, action, t, greedy(self.k)).item() for net in self.targets)
+                    action, logp = policy(self.nets["actor"], after, t, draws.next_noise[b], self.greedy())
+                    value = min(self.q(net, after, action, t, self.greedy()).item() for net in self.targets)
                     value -= alpha * logp.item()
                 y = batch.reward[b].item() + (0.0 if batch.terminal[b] else self.cfg.gamma * value)
                 for e in (0, 1):
-                    choose = sampled(self.k, self.route_temp[t], route_noise[e, b].tolist())
-                    q = self.q(self.nets[f"critic{e}"], obs, batch.action[b], t, choose)
+                    q = self.q(self.nets[f"critic{e}"], obs, batch.action[b], t, self.sampled(t, route_noise[e, b]))
                     critic_terms[e] = critic_terms[e] + weights[t] * (q - y) ** 2 / len(rows)
             terms.append((alpha_term, actor_term, *critic_terms))
         return terms
@@ -222,5 +245,6 @@ class SlowSac:
             for e in (0, 1):
                 for key, p in self.targets[e].items():
                     p.copy_((1 - rate) * p + rate * self.nets[f"critic{e}"][key])
-        self.route_temp = self.weights()
+        if self.cfg.route_balancing:
+            self.route_temp = self.weights()
         return [[float(v.detach()) for v in term] for term in terms], norms, [not v for v in kept]

@@ -7,6 +7,7 @@ import pytest
 from d2r_fast.config import EnvConfig, EvalConfig, RunConfig, SacConfig
 from d2r_fast.envs.metaworld import MT10
 from d2r_fast.nets.d2r import NetConfig
+from d2r_fast.nets.mlp import MlpConfig
 
 NAN = float("nan")
 
@@ -21,6 +22,7 @@ def test_defaults_are_the_published_mt10_run():
         route_widths=(256, 256),
         residual=True,
         resrouting=True,
+        dynamic_depth=True,
     )
     assert run.net.n_logits == 136
     assert run.sac == SacConfig(
@@ -32,6 +34,8 @@ def test_defaults_are_the_published_mt10_run():
         init_alpha=1.0,
         max_grad_norm=1.0,
         max_task_loss=3000.0,
+        route_balancing=True,
+        actor_routes="replayed",
     )
     assert run.env == EnvConfig(tasks="MT10", envs_per_task=1, episode_length=200, reward_scale=0.1)
     assert run.task_names == MT10 and run.n_tasks == 10
@@ -151,6 +155,17 @@ def test_a_wrong_value_is_refused_by_name(config, settings, field, expectation, 
         config(**settings)
     message = str(refused.value)
     assert message == f"{field}: expected {expectation}, got {got}"
+
+
+@pytest.mark.parametrize("settings", [{"route_balancing": False}, {"actor_routes": "greedy"}])
+def test_a_network_without_routes_refuses_settings_of_routes(settings):
+    sac = SacConfig(**settings)
+    assert RunConfig(sac=sac).sac == sac
+    expected = (
+        r"sac\.route_balancing, sac\.actor_routes: expected the defaults with network mlp, .* got (True|False), '.*'"
+    )
+    with pytest.raises(ValueError, match=expected):
+        RunConfig(sac=sac, net=MlpConfig())
 
 
 @pytest.mark.parametrize(

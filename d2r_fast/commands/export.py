@@ -49,6 +49,8 @@ def run(args: list[str]) -> int:
     if wanted.published:
         if not isinstance(saved.cfg.net, NetConfig):
             raise ValueError(f"--published: expected a run of network {NetConfig.kind}, got {saved.cfg.net.kind}")
+        if not saved.cfg.net.dynamic_depth:
+            raise ValueError("--published: expected net.dynamic_depth True, for the published code has no other way")
         written = _write_published(out, agent)
     else:
         written = _write_policy(out, agent, saved.cfg, saved.state["steps"])

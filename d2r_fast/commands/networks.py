@@ -6,6 +6,7 @@ import torch
 
 from d2r_fast.envs.metaworld import ACTION_SIZE, OBS_SIZE
 from d2r_fast.nets.agent import N_CRITICS, Actor, Critics
+from d2r_fast.nets.d2r import NetConfig
 from d2r_fast.nets.settings import NetConfigBase
 
 
@@ -14,7 +15,7 @@ def describe(cfg: NetConfigBase, n_tasks: int) -> str:
     with torch.device("meta"):
         actor, critics = (make(OBS_SIZE, ACTION_SIZE, n_tasks, cfg) for make in (Actor, Critics))
     sizes = [sum(p.numel() for p in net.parameters()) for net in (actor, critics)]
-    at_most = "at most " if cfg.route_shape[0] else ""  # a row runs the modules that its routes reach
+    at_most = "at most " if isinstance(cfg, NetConfig) and cfg.dynamic_depth else ""  # what the row's routes reach
     return (
         f"{cfg.kind}, {sizes[0]:,} parameters (each of {N_CRITICS} critics {sizes[1] // N_CRITICS:,}), "
         f"{at_most}{actor.net.multiply_adds / 1e6:.2f} M multiply-adds a row"

@@ -30,6 +30,7 @@ class Draws(NamedTuple):
     noise: Tensor  # [B,A] standard normal, for the action at obs
     next_noise: Tensor  # [B,A] standard normal, for the action at next_obs
     critic_choice: RouteChoice  # how the critics choose routes in their loss: sampled
+    actor_noise: Tensor | None = None  # [1,B,R] standard Gumbel, where the actor's routes are sampled
 
 
 class Losses(NamedTuple):
@@ -47,12 +48,39 @@ def task_weight(log_alpha: Tensor) -> Tensor:
     return log_alpha.numel() * torch.softmax(-log_alpha.detach(), 0)
 
 
-def draw(agent: Agent, batch: Batch, generator: torch.Generator) -> Draws:
+def draw(agent: Agent, batch: Batch, generator: torch.Generator, cfg: SacConfig) -> Draws:
     """Fresh random numbers for `update`; `generator` lives on the agent's device."""
-    rows, n_logits = len(batch.obs), agent.critics.net.cfg.n_logits
-    noise = torch.randn(2, rows, agent.actor.action_size, generator=generator, device=batch.obs.device)
-    gumbel_noise = gumbel((N_CRITICS, rows, n_logits), batch.obs, generator)
-    return Draws(noise[0], noise[1], RouteChoice.sampled(agent.route_temp[batch.task], gumbel_noise))
+    rows, like = len(batch.obs), batch.obs
+    noise = torch.randn(2, rows, agent.actor.action_size, generator=generator, device=like.device)
+    actor_noise, critic_noise = draw_route_noise(agent, rows, like, generator, cfg)
+    critic_choice = RouteChoice.sampled(agent.route_temp[batch.task], critic_noise)
+    return Draws(noise[0], noise[1], critic_choice, actor_noise)
+
+
+def draw_route_noise(
+    agent: Agent, n_rows: int, like: Tensor, generator: torch.Generator, cfg: SacConfig
+) -> tuple[Tensor | None, Tensor]:
+    """Standard Gumbel noise for the actor's routes [1,B,R], if they are sampled, and the critics' [E,B,R]; one call."""
+    n_logits, sampled = agent.critics.net.cfg.n_logits, cfg.actor_routes == "sampled"
+    noise = gumbel((N_CRITICS + sampled, n_rows, n_logits), like, generator)
+    return noise[N_CRITICS:] if sampled else None, noise[:N_CRITICS]
+
+
+def actor_choice(
+    replayed: Tensor, noise: Tensor | None, temperature: Tensor, n_logits: int, cfg: SacConfig
+) -> RouteChoice:
+    """How the actor chooses routes in its loss.
+
+    replayed     [1,B,N,K] those that it acted on
+    noise        [1,B,R] as drawn, if they are sampled
+    temperature  [B] each row's route temperature
+    """
+    if cfg.actor_routes == "replayed":
+        return RouteChoice.given(replayed)
+    if cfg.actor_routes == "greedy":  # said as a sample without noise: a choice, like the others, for these rows
+        noise, temperature = temperature.new_zeros(1, len(temperature), n_logits), torch.ones_like(temperature)
+    assert noise is not None
+    return RouteChoice.sampled(temperature, noise)
 
 
 def losses(agent: Agent, batch: Batch, draws: Draws, cfg: SacConfig) -> Losses:
@@ -66,8 +94,10 @@ def losses(agent: Agent, batch: Batch, draws: Draws, cfg: SacConfig) -> Losses:
     def task_mean(value: Tensor) -> Tensor:  # [...,B] -> [...,T]
         return value.view(*value.shape[:-1], n_tasks, -1).mean(-1)
 
-    # The actor learns along the routes that it acted on.
-    now = agent.actor.sample(obs, task, draws.noise, RouteChoice.given(batch.route[None]))
+    # The actor learns along the routes that it acted on, unless told to choose anew.
+    n_logits = agent.actor.net.cfg.n_logits
+    choice = actor_choice(batch.route[None], draws.actor_noise, agent.route_temp[task], n_logits, cfg)
+    now = agent.actor.sample(obs, task, draws.noise, choice)
     alpha_loss = -agent.log_alpha * (task_mean(now.logp.detach()) + target_entropy)  # [T]
 
     # Constant parameters: the actor's loss must reach the action through the critics, not the critics. They stay in
@@ -133,7 +163,8 @@ def update(
 
     with torch.no_grad():
         agent.log_alpha.clamp_(max=cfg.max_log_alpha)
-        agent.route_temp.copy_(task_weight(agent.log_alpha))
+        if cfg.route_balancing:
+            agent.route_temp.copy_(task_weight(agent.log_alpha))
         online: list[Tensor] = list(agent.critics.parameters())
         target: list[Tensor] = list(agent.target_critics.parameters())
         torch._foreach_lerp_(target, online, cfg.target_rate)

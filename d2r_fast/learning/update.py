@@ -14,10 +14,10 @@ from torch import Tensor
 from d2r_fast.config import SacConfig
 from d2r_fast.learning.parameters import FlatParameters
 from d2r_fast.learning.passes import Network
+from d2r_fast.learning.sac import actor_choice, draw_route_noise
 from d2r_fast.learning.saved_state import check_tensor, check_tensors, count, describe, field
 from d2r_fast.nets.agent import N_CRITICS, Agent
 from d2r_fast.nets.d2r import RouteChoice
-from d2r_fast.ops.gumbel import gumbel
 from d2r_fast.ops.optimiser_step import optimiser_step
 from d2r_fast.ops.replay_rows import ReplayRows
 from d2r_fast.ops.sac_gradient import sac_gradient
@@ -32,19 +32,21 @@ class Draws(NamedTuple):
 
     noise          [2B,A] standard normal, for the actions at obs and then at next_obs
     critic_choice  how the critics choose routes in their loss: sampled
+    actor_noise    [1,B,R] standard Gumbel, where the actor's routes are sampled
     """
 
     noise: Tensor
     critic_choice: RouteChoice
+    actor_noise: Tensor | None = None
 
 
-def draw(agent: Agent, rows: ReplayRows, task: Tensor, generator: torch.Generator) -> Draws:
+def draw(agent: Agent, rows: ReplayRows, task: Tensor, generator: torch.Generator, cfg: SacConfig) -> Draws:
     """Fresh random numbers for `Update.step`, in one call a kind; `generator` lives on the agent's device."""
     n_rows, like = len(rows.reward), rows.reward
     shape = (2 * n_rows, agent.actor.action_size)
     noise = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
-    routes = gumbel((N_CRITICS, n_rows, agent.critics.net.cfg.n_logits), like, generator)
-    return Draws(noise, RouteChoice.sampled(agent.route_temp[task[:n_rows]], routes))
+    actor_noise, critic_noise = draw_route_noise(agent, n_rows, like, generator, cfg)
+    return Draws(noise, RouteChoice.sampled(agent.route_temp[task[:n_rows]], critic_noise), actor_noise)
 
 
 class Metrics(NamedTuple):
@@ -73,6 +75,8 @@ class Update:
         self._actor, self._critics = (Network(owner.net, self.flat) for owner in (agent.actor, agent.critics))
         self._targets = Network(agent.target_critics.net, self.flat, trained=False)
         self._as_one: bool | None = None
+        # Without route balancing what the step says goes nowhere.
+        self._route_temp = agent.route_temp if cfg.route_balancing else torch.empty_like(agent.route_temp)
         (self._alpha_gradient,) = self.flat.gradients([agent.log_alpha])
         self._learning_rates = [cfg.actor_lr, *[cfg.critic_lr] * N_CRITICS, cfg.alpha_lr]
 
@@ -87,7 +91,7 @@ class Update:
         cfg, flat = self._cfg, self.flat
         norms = optimiser_step(
             *(flat.values, flat.gradient, self.first, self.second, flat.targets, self.step_count),
-            *(self.agent.log_alpha, self.agent.route_temp, flat.segments, flat.targets_begin, self._learning_rates),
+            *(self.agent.log_alpha, self._route_temp, flat.segments, flat.targets_begin, self._learning_rates),
             *(BETA1, BETA2, cfg.adam_eps, cfg.norm_limit, cfg.target_rate, cfg.max_log_alpha),
         )
         return Metrics(losses, norms)
@@ -98,8 +102,10 @@ class Update:
         n, n_obs = len(rows.reward), agent.actor.net.n_in
         acted_and_now, now_and_after = rows.x[:2].flatten(0, 1), rows.x[1:].flatten(0, 1)  # [2B,O+A]
 
-        # The actor learns along the routes that it acted on; at next_obs it goes the greedy ones.
-        policy = self._actor.forward(now_and_after[:, :n_obs], task, RouteChoice.given(rows.route), n_back=n)
+        # The actor learns along the routes that it acted on, or chooses anew; at next_obs it goes the greedy ones.
+        n_logits = agent.actor.net.cfg.n_logits
+        choice = actor_choice(rows.route, draws.actor_noise, agent.route_temp[task[:n]], n_logits, cfg)
+        policy = self._actor.forward(now_and_after[:, :n_obs], task, choice, n_back=n)
         actions = now_and_after[:, n_obs:]  # written here, read by the critics
         logp = squash(policy.out[0], draws.noise, actions)  # [2B]
 
@@ -121,7 +127,9 @@ class Update:
     def _runs_as_one(self, x: Tensor) -> bool:
         """Whether each pass is one call, and so the update's gradient can be one."""
         if self._as_one is None:  # who hooks a layer later is not seen, as in `Network`
-            self._as_one = all(network.runs_as_one(x[0]) for network in (self._actor, self._critics, self._targets))
+            networks = (self._actor, self._critics, self._targets)
+            replays = self._cfg.actor_routes == "replayed"  # as that call does
+            self._as_one = replays and all(network.runs_as_one(x[0]) for network in networks)
         return self._as_one
 
     def _fill_gradient_in_one(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Tensor:

@@ -67,6 +67,10 @@ class NetConfig(NetConfigBase):
     """Add a module's input to its output."""
     resrouting: bool = True
     """ResRouting: mask gradients into sources that today's routing would hardly pick."""
+    dynamic_depth: bool = True
+    """A row runs the modules that its routes reach. False: all N of them, a fixed number as in the methods that the
+    paper's abstract sets itself against: route i keeps module i-1 always, and chooses K-1 others. A network that does
+    runs layer by layer."""
 
     def __post_init__(self) -> None:
         require(1 <= self.n_modules <= MAX_MODULES, f"net.n_modules: expected 1..{MAX_MODULES}, got {self.n_modules}")
@@ -127,6 +131,8 @@ class RoutedNetwork(nn.Module):
         check_rows(self, x, task)
         cfg = self.cfg
         masked = cfg.resrouting and self.training
+        if not cfg.dynamic_depth:
+            choice = _through_all_modules(choice, self.n_nets, x, cfg)
         if self.runs_as_one(x):
             return routed_network(
                 x, task, self.in_order(), cfg.top_k, *choice, cfg.residual, resrouting=masked, precision=cfg.precision
@@ -146,7 +152,9 @@ class RoutedNetwork(nn.Module):
 
     def is_plain(self, x: Tensor) -> bool:
         """Whether x meets each layer as it is: no autocast, and nobody has hooked or replaced a layer, which whoever
-        computes from the parameters alone would pass over."""
+        computes from the parameters alone would pass over; and routes are as chosen, with nothing to add."""
+        if not self.cfg.dynamic_depth:
+            return False
         layers = (*self.base, self.task, self.module0, self.head, *self.route)
         if under_autocast(x) or not all(type(v) is EnsembleLinear for v in layers):
             return False
@@ -177,3 +185,16 @@ class RoutedNetwork(nn.Module):
         layers += [(self.module_weight, self.module_bias), (self.head.weight, self.head.bias)]
         layers += [(layer.weight, layer.bias) for layer in self.route]
         return [parameter for layer in layers for parameter in layer]
+
+
+def _through_all_modules(choice: RouteChoice, n_nets: int, x: Tensor, cfg: NetConfig) -> RouteChoice:
+    """The same choice, but that route i keeps source i-1 first. Routes that are given stay: they were chosen so."""
+    if choice.mode == "given":
+        return choice
+    scores = x.new_zeros(n_nets, len(x), cfg.n_logits)
+    if choice.noise is not None:
+        assert choice.temperature is not None
+        scores += choice.temperature[:, None] * choice.noise
+    last = torch.arange(1, cfg.n_modules + 1, device=x.device).cumsum(0) - 1  # of each route, in the packed row
+    scores[..., last] = torch.finfo(x.dtype).max / 2  # no logit comes near, and the sum stays finite
+    return RouteChoice.sampled(x.new_ones(len(x)), scores)

@@ -131,7 +131,11 @@ def test_any_networks_policy_goes_out_but_only_d2rs_as_published():
     assert json.loads(Path("run/policy.json").read_text())["network"]["kind"] == "mlp"
     outcome = d2r("export", "run", "--published")
     assert outcome[::2] == (1, "d2r export: --published: expected a run of network d2r, got mlp")
-    assert not list(Path().glob("run/*.pth"))
+    fixed = dataclasses.replace(NET, dynamic_depth=False)
+    begin_run(Path("fixed"), dataclasses.replace(RUN, net=fixed), agent_of(fixed))
+    outcome = d2r("export", "fixed", "--published")
+    assert outcome.code == 1 and "--published: expected net.dynamic_depth True" in outcome.err
+    assert not list(Path().glob("*/*.pth"))
 
 
 def file(value: object) -> str:

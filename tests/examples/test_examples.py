@@ -84,9 +84,9 @@ def exported(tmp_path: Path, net: NetConfigBase) -> tuple[Agent, str]:
     return agent, str(tmp_path / "run" / "policy")
 
 
-@pytest.mark.parametrize("residual", [True, False])
-def test_an_exported_policy_acts_alike_in_plain_pytorch(tmp_path, residual):
-    net = dataclasses.replace(tiny.NET, route_widths=(8, 7), top_k=3, residual=residual)
+@pytest.mark.parametrize("switches", [{}, {"residual": False}, {"dynamic_depth": False}], ids=str)
+def test_an_exported_policy_acts_alike_in_plain_pytorch(tmp_path, switches):
+    net = dataclasses.replace(tiny.NET, **{"route_widths": (8, 7), "top_k": 2} | switches)
     agent, prefix = exported(tmp_path, net)
     policy = program("run_policy").Policy(prefix)
     obs, task = 3 * torch.randn(40, 39), torch.arange(40) % 2

@@ -59,7 +59,7 @@ def test_updates_agree_with_the_cpu() -> None:
     for seed in range(3):
         batch = make_batch("cpu")
         batch = Batch(*(v.double() if v.is_floating_point() else v for v in batch))
-        draws = draw(on_cpu, batch, torch.Generator().manual_seed(seed))
+        draws = draw(on_cpu, batch, torch.Generator().manual_seed(seed), SacConfig())
         draws = draws._replace(noise=draws.noise.double(), next_noise=draws.next_noise.double())
         choice = draws.critic_choice
         cuda_choice = choice._replace(temperature=choice.temperature.cuda(), noise=choice.noise.cuda())
@@ -74,11 +74,12 @@ def test_updates_agree_with_the_cpu() -> None:
 
 def test_an_update_never_waits_for_the_device() -> None:
     agent = Agent(39, 4, N_TASKS, NET).cuda()
-    optimiser, generator, batch = make_optimiser(agent, SacConfig()), torch.Generator("cuda"), make_batch("cuda")
-    update(agent, optimiser, batch, draw(agent, batch, generator), SacConfig())  # caches tables, makes Adam's state
+    cfg = SacConfig()
+    optimiser, generator, batch = make_optimiser(agent, cfg), torch.Generator("cuda"), make_batch("cuda")
+    update(agent, optimiser, batch, draw(agent, batch, generator, cfg), cfg)  # caches tables, makes Adam's state
     torch.cuda.set_sync_debug_mode("error")
     try:
-        update(agent, optimiser, batch, draw(agent, batch, generator), SacConfig())
+        update(agent, optimiser, batch, draw(agent, batch, generator, cfg), cfg)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -159,10 +160,10 @@ def test_a_learner_goes_on_on_the_other_device(tmp_path: Path, there: str, here:
     new.agent.load_state_dict(state["agent"])
     new.load_state_dict(state["learner"])
     new._replay.load_state_dict(state["replay"])
-    draws = draw(make_learner(0, True, "cpu").agent, make_batch("cpu"), torch.Generator().manual_seed(2))
+    draws = draw(make_learner(0, True, "cpu").agent, make_batch("cpu"), torch.Generator().manual_seed(2), SacConfig())
     for learner in (old, new):  # the same update on both: moments and step counts came over too
         device = learner.agent.log_alpha.device.type
-        noise, next_noise, choice = draws
+        noise, next_noise, choice, _ = draws
         choice = choice._replace(temperature=choice.temperature.to(device), noise=choice.noise.to(device))
         at_device = draws._replace(noise=noise.to(device), next_noise=next_noise.to(device), critic_choice=choice)
         batch = make_batch(device)

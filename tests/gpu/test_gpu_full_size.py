@@ -103,7 +103,7 @@ def test_a_thousand_gradients_of_an_update_give_the_same_bits(precision: str) ->
     """All that lies between a batch and the flat gradient, at MT10's size."""
     learner = make_learner(preset("mt10-rand", precision))
     rows = learner._replay.sample_rows(learner._cfg.batch_size, learner.generator)
-    draws = draw(learner.agent, rows, learner._task, learner.generator)
+    draws = draw(learner.agent, rows, learner._task, learner.generator, learner._cfg.sac)
     gradient, first = learner.update.flat.gradient, None
     differs = torch.zeros((), dtype=torch.int64, device="cuda")
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ CFG = NetConfig(n_modules=5, top_k=2, module_width=6, base_width=8, route_widths
 OBS, A, T, ROWS = 5, 2, 3, 4  # ROWS a task
 
 
-def make_agent(dtype=torch.float64):
+def make_agent(dtype=torch.float64, cfg=CFG):
     """An agent away from its initial values: heads of order 1, routes that differ, targets unlike critics."""
-    agent = Agent(OBS, A, T, CFG).to(dtype)
+    agent = Agent(OBS, A, T, cfg).to(dtype)
     with torch.no_grad():
         for part in (agent.actor, agent.critics, agent.target_critics):
             part.net.head.weight.uniform_(-0.5, 0.5)
@@ -54,8 +55,9 @@ def make_batch(dtype=torch.float64, reward=1.0):
 
 def make_draws(agent, batch):
     noise = torch.randn(2, len(batch.obs), A, dtype=batch.obs.dtype)
-    route_noise = gumbel((2, len(batch.obs), CFG.n_logits), batch.obs)
-    return Draws(noise[0], noise[1], RouteChoice.sampled(agent.route_temp[batch.task], route_noise))
+    route_noise = gumbel((3, len(batch.obs), CFG.n_logits), batch.obs)
+    choice = RouteChoice.sampled(agent.route_temp[batch.task], route_noise[:2])
+    return Draws(noise[0], noise[1], choice, route_noise[2:])
 
 
 def norm_of(tensors):
@@ -122,6 +124,22 @@ def test_three_updates_match_the_slow_transcription(max_grad_norm):
     assert clamped
     after = agent.state_dict()
     assert all((after[name] - value).abs().max() > 1e-3 for name, value in before.items())
+
+
+@pytest.mark.parametrize("actor_routes", ["replayed", "sampled", "greedy"])
+@pytest.mark.parametrize("switched", [True, False], ids=["as_published", "fixed_depth_and_temperature"])
+def test_ablations_match_the_slow_transcription(actor_routes, switched):
+    agent = make_agent(cfg=replace(CFG, dynamic_depth=switched))
+    cfg = SacConfig(actor_lr=0.01, critic_lr=0.02, route_balancing=switched, actor_routes=actor_routes)
+    slow, optimiser = SlowSac.of(agent, cfg), make_optimiser(agent, cfg)
+    before = agent.route_temp.clone()
+    for _ in range(2):
+        batch = make_batch()
+        draws = make_draws(agent, batch)
+        update(agent, optimiser, batch, draws, cfg)
+        slow.update(batch, draws)
+        assert_same_parameters(agent, slow, 1e-9)
+    assert torch.equal(agent.route_temp, before) != switched
 
 
 def test_losses_are_functions_of_their_inputs():
@@ -326,7 +344,7 @@ def test_dev5_optimiser_holds_neither_route_temperatures_nor_targets():
 
 def test_draw_follows_its_generator_and_the_route_temperatures():
     agent, batch = make_agent(torch.float32), make_batch(torch.float32)
-    first, second = (draw(agent, batch, torch.Generator().manual_seed(9)) for _ in range(2))
+    first, second = (draw(agent, batch, torch.Generator().manual_seed(9), SacConfig()) for _ in range(2))
     assert first.noise.shape == first.next_noise.shape == (T * ROWS, A)
     assert not torch.equal(first.noise, first.next_noise)
     choice = first.critic_choice
@@ -340,7 +358,7 @@ def test_draw_follows_its_generator_and_the_route_temperatures():
         (choice.noise, second.critic_choice.noise),
     ):
         assert torch.equal(a, b)
-    assert not torch.equal(first.noise, draw(agent, batch, torch.Generator().manual_seed(10)).noise)
+    assert not torch.equal(first.noise, draw(agent, batch, torch.Generator().manual_seed(10), SacConfig()).noise)
 
 
 # The policy
@@ -431,7 +449,7 @@ def run_toy(n_updates, seed, rows=64, net=TOY):
             task=task,
             route=sample.routes.index[0] if sample.routes else torch.zeros(2 * rows, 0, 0, dtype=torch.uint8),
         )
-        metrics = update(agent, optimiser, batch, draw(agent, batch, generator), TOY_SAC)
+        metrics = update(agent, optimiser, batch, draw(agent, batch, generator, TOY_SAC), TOY_SAC)
     return agent, metrics
 
 

@@ -215,10 +215,10 @@ def without_shared_memory(arguments):
     return (*arguments[:6], arguments[6].clone() - 1, *arguments[7:])
 
 
-def make_agent(backend, dtype, route_widths=(18,)):
+def make_agent(backend, dtype, **settings):
     torch.manual_seed(0)
-    widths = {"module_width": 20, "base_width": 33, "route_widths": route_widths}
-    cfg = NetConfig(n_modules=N, top_k=K, **widths, backend=backend)
+    sizes = {"n_modules": N, "top_k": K, "module_width": 20, "base_width": 33, "route_widths": (18,)}
+    cfg = NetConfig(**(sizes | settings), backend=backend)
     agent = Agent(N_OBS, A, T, cfg, init_alpha=0.3).to(dtype)
     with torch.no_grad():
         for parameter in agent.parameters():
@@ -246,7 +246,8 @@ def make_batch(dtype, agent, per_task=70):
     noise = torch.randn(2, b, A, dtype=dtype)
     like = torch.zeros((), dtype=dtype)
     routes = gumbel_op.gumbel((2, b, agent.critics.net.cfg.n_logits), like)
-    return batch, Draws(*noise, RouteChoice.sampled(agent.route_temp[task], routes))
+    choice = RouteChoice.sampled(agent.route_temp[task], routes)
+    return batch, Draws(*noise, choice, gumbel_op.gumbel((1, *routes.shape[1:]), like))
 
 
 @pytest.mark.parametrize("backend", ["reference", *cpp_backends()], indirect=True)
@@ -276,12 +277,45 @@ def test_five_updates_are_those_of_the_equations(backend, dtype, settings):
     assert (ours.log_alpha.max() > 0) == (cfg.max_alpha is None)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(
+    ("of_net", "of_sac"),
+    [
+        ({"resrouting": False}, {}),
+        ({"residual": False}, {}),
+        ({"dynamic_depth": False}, {}),
+        ({}, {"route_balancing": False}),
+        ({}, {"actor_routes": "sampled"}),
+        ({"dynamic_depth": False}, {"actor_routes": "greedy"}),
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())) or "whole",
+)
+def test_updates_with_a_part_of_d2r_switched_off_are_those_of_the_equations(backend, of_net, of_sac):
+    theirs, ours = (make_agent(of, torch.float64, **of_net) for of in ("reference", backend))
+    assert_same_updates(ours, theirs, SacConfig(actor_lr=1e-3, **of_sac), n_updates=2)
+    assert (ours.route_temp == 1).all() == (not of_sac.get("route_balancing", True))
+
+
+@pytest.mark.parametrize(("n_modules", "top_k"), [(4, 1), (8, 2), (16, 4), (4, 4), (32, 2), (32, 32)])
+def test_any_number_of_modules_and_sources_trains(n_modules, top_k):
+    theirs, ours = (make_agent(of, torch.float64, n_modules=n_modules, top_k=top_k) for of in ("reference", "cpp"))
+    assert_same_updates(ours, theirs, SacConfig(actor_lr=1e-3), n_updates=1, per_task=20)
+
+
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.kind)
 def test_updates_of_the_networks_without_routes_are_those_of_the_equations(net):
     torch.manual_seed(0)
     theirs = Agent(N_OBS, A, T, net, init_alpha=0.3).double()
     ours = copy.deepcopy(theirs)
     assert_same_updates(ours, theirs, SacConfig(actor_lr=1e-3), n_updates=3, per_task=5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run on the GPU here: tests/gpu")
+def test_an_actor_that_chooses_anew_layer_by_layer_is_that_of_the_equations():
+    pytest.importorskip("triton")
+    theirs, ours = (make_agent(of, torch.float64, n_modules=4) for of in ("reference", "triton"))
+    cfg = SacConfig(actor_lr=1e-3, actor_routes="sampled", route_balancing=False)
+    assert_same_updates(ours, theirs, cfg, n_updates=1, per_task=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run on the GPU here: tests/gpu")

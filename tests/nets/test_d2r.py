@@ -225,6 +225,23 @@ def test_without_resrouting_the_modes_agree_in_gradient_too():
     assert all(torch.equal(grad, eval_grads[name]) for name, grad in train_grads.items())
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_without_dynamic_depth_every_row_runs_all_modules(backend, k):
+    cfg = dataclasses.replace(CFG, top_k=k, dynamic_depth=False, backend=backend)
+    net, (x, task) = make_net(cfg=cfg, dtype=torch.float32), make_rows(600, torch.float32)
+    noise = gumbel((2, len(x), cfg.n_logits), x)
+    for tau in (1e-30, 1.0, 1e30):
+        for choice in (GREEDY, RouteChoice.sampled(torch.full((len(x),), tau), noise.clamp(max=10))):
+            out, routes = net(x, task, choice)
+            assert out.isfinite().all() and (routes.active == 2**cfg.n_modules - 1).all()
+            assert (routes.index[..., 0] == torch.arange(cfg.n_modules)).all()
+    if k == cfg.n_modules:  # all of them anyway
+        whole = RoutedNetwork(N_IN, N_OUT, T, 2, dataclasses.replace(cfg, dynamic_depth=True))
+        whole.load_state_dict(net.state_dict())
+        torch.testing.assert_close(net(x, task)[0], whole(x, task)[0])
+
+
 def test_dev1_task_layer_is_a_row_of_its_weight():
     net = make_net(2)
     x, task = make_rows()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import NET, NETS, RUN
 
-from d2r_fast.config import RunConfig
+from d2r_fast.config import RunConfig, SacConfig
 from d2r_fast.config_json import config_from_json, config_to_json
 from d2r_fast.evaluation.policies import GreedyPolicy
 from d2r_fast.presets import PRESETS
@@ -42,9 +42,14 @@ def test_a_network_without_routes_trains(tmp_path, net):
     assert trainer.replay.state_dict()["rows"]["route"].shape == (2, 30, 0, 0)
 
 
-@pytest.mark.parametrize("net", [NETS[2], NETS[4]], ids=lambda net: net.kind)
-def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, net):
-    cfg = dataclasses.replace(RUN, net=net, deterministic=True, total_steps=40)
+ABLATED = dataclasses.replace(NET, dynamic_depth=False), SacConfig(route_balancing=False, actor_routes="sampled")
+
+
+@pytest.mark.parametrize(
+    ("net", "sac"), [(NETS[2], RUN.sac), (NETS[4], RUN.sac), ABLATED], ids=["soft-modules", "moore", "d2r-ablated"]
+)
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, net, sac):
+    cfg = dataclasses.replace(RUN, net=net, sac=sac, deterministic=True, total_steps=40)
     train(tmp_path / "whole", cfg)
     run_dir = shutil.copytree(tmp_path / "whole", tmp_path / "run")
     checkpoint_files(run_dir)[-1].unlink()
