@@ -35,8 +35,17 @@ class SacConfig:
     max_grad_norm: float | None = 1.0
     """Gradient norm that the actor, each critic and log alpha are clipped to, each for itself; None: no limit, as PaCo,
     MOORE and mtrl."""
+    clip_alpha: bool = True
+    """Whether log alpha's gradient is clipped too, as D2R does; Soft Modules' code clips the networks' alone."""
     max_task_loss: float | None = 3000.0
     """A task whose summed loss exceeds this is left out of the update, as in D2R and PaCo; None: no limit."""
+    order: Literal["joint", "alpha_first", "critics_first", "actor_first"] = "joint"
+    """Who makes its step when; each loss sees what those before have become. joint: all at once (D2R, PaCo).
+    alpha_first: log alpha, then the networks (Soft-Module e6d7c8a, for its perceptrons too). critics_first: critics,
+    then actor and log alpha (mtrl e282c3f). actor_first: actor and log alpha, then the critics (MOORE a7550c5)."""
+    reset_extreme: bool = False
+    """PaCo (paco-mtrl b63387f): after the step, the task weights of a task that was left out become a random mean of
+    the other tasks'. Here those of the actor and of both critics, by the same shares; Adam's moments stay."""
     route_balancing: bool = True
     """D2R's route temperatures, T softmax(-log alpha). False: 1 for every task."""
     actor_routes: Literal["replayed", "sampled", "greedy"] = "replayed"
@@ -50,6 +59,15 @@ class SacConfig:
         for name in ("actor_lr", "critic_lr", "alpha_lr", "adam_eps", "max_alpha", "max_grad_norm", "max_task_loss"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"sac.{name}: expected a finite number over 0, got {value}")
+        require(
+            self.order == "joint" or self.max_task_loss is None,
+            f"sac.max_task_loss: expected None with order {self.order!r}, which has no task's losses all at once, "
+            f"got {self.max_task_loss}",
+        )
+        require(
+            not self.reset_extreme or self.max_task_loss is not None,
+            "sac.reset_extreme: expected False without max_task_loss, which says what is extreme, got True",
+        )
         require(
             self.max_alpha is None or self.init_alpha <= self.max_alpha,
             f"sac.init_alpha: expected at most max_alpha={self.max_alpha}, got {self.init_alpha}",
@@ -187,6 +205,10 @@ class RunConfig:
             self.net.route_shape[0] > 0 or self.sac.chooses_routes_as_published,
             f"sac.route_balancing, sac.actor_routes: expected the defaults with network {self.net.kind}, which chooses "
             f"no routes, got {self.sac.route_balancing}, {self.sac.actor_routes!r}",
+        )
+        require(
+            not self.sac.reset_extreme or self.net.has_task_weights,
+            f"sac.reset_extreme: expected False with network {self.net.kind}, which has no task weights, got True",
         )
         n_tasks = self.n_tasks
         require(

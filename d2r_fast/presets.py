@@ -37,14 +37,18 @@ _QUICK_NETS: dict[str, NetConfigBase] = {
 # How a method's own code trains, as far as settings go; what it names stands at the settings.
 _SAC: dict[str, SacConfig] = {
     NetConfig.kind: SacConfig(),
-    SoftModulesConfig.kind: SacConfig(alpha_lr=3e-4, max_alpha=None, max_task_loss=None),
-    PacoConfig.kind: SacConfig(adam_eps=1e-7, task_weights=False, max_grad_norm=None),
-    MooreConfig.kind: SacConfig(max_alpha=None, task_weights=False, max_grad_norm=None, max_task_loss=None),
+    SoftModulesConfig.kind: SacConfig(
+        alpha_lr=3e-4, max_alpha=None, clip_alpha=False, max_task_loss=None, order="alpha_first"
+    ),
+    PacoConfig.kind: SacConfig(adam_eps=1e-7, task_weights=False, max_grad_norm=None, reset_extreme=True),
+    MooreConfig.kind: SacConfig(
+        max_alpha=None, task_weights=False, max_grad_norm=None, max_task_loss=None, order="actor_first"
+    ),
 }
 _SAC |= dict.fromkeys((MlpConfig.kind, MultiHeadConfig.kind), replace(_SAC[SoftModulesConfig.kind], task_weights=False))
 _SAC |= dict.fromkeys(
     (CareConfig.kind, FilmConfig.kind),
-    SacConfig(alpha_lr=3e-4, max_alpha=None, task_weights=False, max_grad_norm=None, max_task_loss=None),
+    replace(_SAC[MooreConfig.kind], alpha_lr=3e-4, order="critics_first"),
 )
 
 

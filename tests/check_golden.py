@@ -150,7 +150,7 @@ def as_one_step(batch: Batch, draws: Draws) -> tuple[ReplayRows, Tensor, one_ste
     x = torch.stack([torch.cat(pair, 1) for pair in pairs])
     rows = ReplayRows(x, batch.reward, batch.terminal, batch.route[None])
     noise = torch.cat([draws.noise, draws.next_noise])
-    return rows, batch.task.repeat(2), one_step.Draws(noise, draws.critic_choice, draws.actor_noise)
+    return rows, batch.task.repeat(2), one_step.Draws(noise, draws.critic_choice, draws.actor_noise, draws.reset)
 
 
 def check_update(v: Vector) -> Iterator[Quantity]:
@@ -339,7 +339,9 @@ def check_reset(v: Vector) -> Iterator[Quantity]:
     yield "task_loss", task_loss, v["task_loss"]
     yield "extreme", extreme, v["extreme"]
     yield "row_loss_masked", leave_out(v["row_loss"], v["task_id"], extreme), v["row_loss_masked"]
-    yield "weight_after", reset_extreme(v["weight_before"], extreme, v["uniform"]), v["weight_after"]
+    uniform = torch.zeros(len(extreme), len(extreme), dtype=v["uniform"].dtype)
+    uniform[extreme[:, None] & ~extreme] = v["uniform"].flatten()
+    yield "weight_after", reset_extreme(v["weight_before"], extreme, uniform), v["weight_after"]
 
 
 def relative_error(ours: Tensor, recorded: Tensor) -> float:

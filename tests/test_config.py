@@ -157,6 +157,15 @@ def test_a_wrong_value_is_refused_by_name(config, settings, field, expectation, 
     assert message == f"{field}: expected {expectation}, got {got}"
 
 
+def test_settings_of_a_method_that_do_not_go_together_are_refused():
+    with pytest.raises(ValueError, match=r"sac\.max_task_loss: expected None with order 'actor_first', .* got 3000\.0"):
+        SacConfig(order="actor_first")
+    with pytest.raises(ValueError, match=r"sac\.reset_extreme: expected False without max_task_loss, .* got True"):
+        SacConfig(reset_extreme=True, max_task_loss=None)
+    with pytest.raises(ValueError, match=r"sac\.reset_extreme: expected False with network d2r, .* got True"):
+        RunConfig(sac=SacConfig(reset_extreme=True))
+
+
 @pytest.mark.parametrize("settings", [{"route_balancing": False}, {"actor_routes": "greedy"}])
 def test_a_network_without_routes_refuses_settings_of_routes(settings):
     sac = SacConfig(**settings)

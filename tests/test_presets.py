@@ -182,15 +182,15 @@ def test_mt10_rand_is_the_published_setting():
     assert sum(p.numel() for p in actor.parameters()) + cfg.n_tasks == 684_250
 
 
-# How each method's code trains: alpha's rate, largest alpha, task weights, Adam's eps, clipping, losses left out.
+# How each method's code trains: alpha's rate, largest alpha, task weights, Adam's eps, clipping, losses left out, order.
 METHODS = {
-    "mlp": (3e-4, None, False, 1e-8, 1.0, None),
-    "multi-head": (3e-4, None, False, 1e-8, 1.0, None),
-    "soft-modules": (3e-4, None, True, 1e-8, 1.0, None),
-    "paco": (1e-4, 1.0, False, 1e-7, None, 3000.0),
-    "moore": (1e-4, None, False, 1e-8, None, None),
-    "care": (3e-4, None, False, 1e-8, None, None),
-    "film": (3e-4, None, False, 1e-8, None, None),
+    "mlp": (3e-4, None, False, 1e-8, 1.0, None, "alpha_first"),
+    "multi-head": (3e-4, None, False, 1e-8, 1.0, None, "alpha_first"),
+    "soft-modules": (3e-4, None, True, 1e-8, 1.0, None, "alpha_first"),
+    "paco": (1e-4, 1.0, False, 1e-7, None, 3000.0, "joint"),
+    "moore": (1e-4, None, False, 1e-8, None, None, "actor_first"),
+    "care": (3e-4, None, False, 1e-8, None, None, "critics_first"),
+    "film": (3e-4, None, False, 1e-8, None, None, "critics_first"),
 }
 
 
@@ -203,7 +203,8 @@ def test_a_method_trains_as_its_code_does_in_the_setting_of_d2r(suite, kind):
     sac = ours.sac
     if kind in METHODS:
         told = (sac.alpha_lr, sac.max_alpha, sac.task_weights, sac.adam_eps, sac.max_grad_norm, sac.max_task_loss)
-        assert told == METHODS[kind]
+        assert (*told, sac.order) == METHODS[kind]
+        assert sac.clip_alpha == (sac.order != "alpha_first") and sac.reset_extreme == (kind == "paco")
 
 
 @pytest.mark.parametrize("kind", NET_CONFIGS)

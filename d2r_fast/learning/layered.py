@@ -133,6 +133,7 @@ class LayeredPass:
 
     def __init__(self, plan: Plan, flat: FlatParameters, x: Tensor, task: Tensor, choice: RouteChoice):
         self._plan, self._flat, self._x, self._task = plan, flat, x, task
+        self._learns = choice.noise is not None or choice.index is not None  # from the first set of rows
         member = plan.members[0]
         net, n, n_members = member.net, plan.n_rows, len(plan.members)
         cfg, self._all, place = net.cfg, flat.all, plan.place
@@ -210,14 +211,13 @@ class LayeredPass:
         )
         to_input("base1", d_z["base1"], d_z["base0"])
         _network_gradient(self._buffer, self._x, buffer, d_out, flat.gradient, plan.table, n, precision)
-        if plan.n_back == 1:
+        to_x = range(1 if self._learns else 0, plan.n_back)
+        if len(to_x) == 0:
             return None
-        d_x = d_out.new_empty((plan.n_back - 1) * n, net.n_in)
-        for i in range(1, plan.n_back):
+        d_x = d_out.new_empty(len(to_x) * n, net.n_in)
+        for own, i in zip(d_x.split(n), to_x, strict=True):
             of_set = range(i, n_members, plan.n_back)
-            _linear_backward(
-                d_z["base0"], self._all, place["base0"], kept["base0"], d_x[(i - 1) * n : i * n], precision, of_set
-            )
+            _linear_backward(d_z["base0"], self._all, place["base0"], kept["base0"], own, precision, of_set)
         return d_x
 
 

@@ -1,11 +1,29 @@
 """Everything that an update changes as a few long buffers, of which the networks' parameters are views."""
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from d2r_fast.nets.agent import N_CRITICS, Agent
 
+PARTS = ("actor", "critics", "alpha")
 ALIGNMENT = 16  # numbers: every parameter begins at a multiple of 64 bytes in float32
+
+
+class Part(NamedTuple):
+    """One owner's stretch of the buffers.
+
+    begin, end  of it
+    networks    their numbers: the rows of its gradient norms
+    segments    as `FlatParameters.segments`, counted from where it begins and from its first network
+    """
+
+    begin: int
+    end: int
+    networks: range
+    segments: Tensor
 
 
 class FlatParameters:
@@ -19,6 +37,7 @@ class FlatParameters:
     gradient  [n] laid out as `values`; `gradients` gives the views
     segments  [S,3] int64 on the CPU: begin, end and network of every run of one network's numbers; network 0 is the
               actor, then each critic, then log alpha
+    parts     "actor", "critics" and "alpha"
     """
 
     def __init__(self, agent: Agent):
@@ -40,6 +59,11 @@ class FlatParameters:
         self.n_networks = network
         self.segments = torch.tensor([run for run in runs if run[0] < run[1]], dtype=torch.int64)
         self.targets_begin, targets_end = begins[1], begins[2]
+        ends, firsts = [*begins[1:], at], [0, 1, 1 + N_CRITICS, network]
+        self.parts = {
+            name: self._part(begin, end, range(*numbers))
+            for name, begin, end, numbers in zip(PARTS, begins, ends, pairwise(firsts), strict=True)
+        }
         first_of_critics = len(groups[0][0])
         target_places = [
             (parameter, at + place - self.targets_begin)
@@ -49,6 +73,10 @@ class FlatParameters:
         self.values, self.targets = self.all[:at], self.all[at:]
         self.gradient = torch.zeros_like(self.values)
         self._places: dict[Tensor, int] = dict(places)
+
+    def _part(self, begin: int, end: int, networks: range) -> Part:
+        own = (self.segments[:, 2] >= networks.start) & (self.segments[:, 2] < networks.stop)
+        return Part(begin, end, networks, self.segments[own] - torch.tensor([begin, begin, networks.start]))
 
     def gradients(self, parameters: list[Tensor]) -> list[Tensor]:
         """Where the gradients of these parameters go: views of `gradient`."""

@@ -1,5 +1,6 @@
 """The multi-task SAC update with automatic route balancing: the paper's equations, top to bottom."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch.func import functional_call
 from d2r_fast.config import SacConfig
 from d2r_fast.nets.agent import N_CRITICS, Agent
 from d2r_fast.nets.d2r import RouteChoice
+from d2r_fast.nets.paco import reset_extreme
 from d2r_fast.ops.gumbel import gumbel
 
 
@@ -31,6 +33,7 @@ class Draws(NamedTuple):
     next_noise: Tensor  # [B,A] standard normal, for the action at next_obs
     critic_choice: RouteChoice  # how the critics choose routes in their loss: sampled
     actor_noise: Tensor | None = None  # [1,B,R] standard Gumbel, where the actor's routes are sampled
+    reset: Tensor | None = None  # [T,T] in [0,1), where extreme tasks are reset
 
 
 class Losses(NamedTuple):
@@ -54,7 +57,15 @@ def draw(agent: Agent, batch: Batch, generator: torch.Generator, cfg: SacConfig)
     noise = torch.randn(2, rows, agent.actor.action_size, generator=generator, device=like.device)
     actor_noise, critic_noise = draw_route_noise(agent, rows, like, generator, cfg)
     critic_choice = RouteChoice.sampled(agent.route_temp[batch.task], critic_noise)
-    return Draws(noise[0], noise[1], critic_choice, actor_noise)
+    return Draws(noise[0], noise[1], critic_choice, actor_noise, draw_reset(agent, like, generator, cfg))
+
+
+def draw_reset(agent: Agent, like: Tensor, generator: torch.Generator, cfg: SacConfig) -> Tensor | None:
+    """Shares for `reset_extreme_tasks` [T,T], if it is made."""
+    if not cfg.reset_extreme:
+        return None
+    shape = agent.n_tasks, agent.n_tasks
+    return torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
 def draw_route_noise(
@@ -117,6 +128,15 @@ def losses(agent: Agent, batch: Batch, draws: Draws, cfg: SacConfig) -> Losses:
     return Losses(alpha_loss, actor_loss, critic_loss, total, task_mean(now.logp.detach()))
 
 
+# Who makes its step when; those in one group at once.
+TURNS = {
+    "joint": (("actor", "critic", "alpha"),),
+    "alpha_first": (("alpha",), ("actor", "critic")),
+    "critics_first": (("critic",), ("actor", "alpha")),
+    "actor_first": (("actor", "alpha"), ("critic",)),
+}
+
+
 def clip_grad_norm(parameters: list[Tensor], max_norm: float, n_nets: int) -> Tensor:
     """Scale the gradients of each of E networks, in place, to norm `max_norm` at most; returns the norms before [E].
 
@@ -148,34 +168,54 @@ def update(
 ) -> dict[str, Tensor]:
     """One update of actor, critics, log alpha, targets and route temperatures, in place.
 
-    Every loss sees the parameters from before the step. Returns detached metrics on the device, [T] each, but for the
-    gradient norms: [] of the actor and of log alpha, [E] of the critics.
+    Every loss sees the parameters from before the step, but for those that made theirs in an earlier turn. Returns
+    detached metrics on the device, [T] each, but for the gradient norms: [] of the actor and of log alpha, [E] of the
+    critics.
     """
-    loss = losses(agent, batch, draws, cfg)
-    kept = loss.total.detach() <= cfg.loss_limit  # [T]; the mean still divides by T
-    optimiser.zero_grad(set_to_none=True)
-    torch.where(kept, loss.total, 0).mean().backward()
-
-    actor_norm = clip_grad_norm(list(agent.actor.parameters()), cfg.norm_limit, 1)[0]
-    critic_norm = clip_grad_norm(list(agent.critics.parameters()), cfg.norm_limit, N_CRITICS)
-    alpha_norm = clip_grad_norm([agent.log_alpha], cfg.norm_limit, 1)[0]
-    optimiser.step()
+    clipped: dict[str, tuple[list[Tensor], float, int]] = {
+        "actor": (list(agent.actor.parameters()), cfg.norm_limit, 1),
+        "critic": (list(agent.critics.parameters()), cfg.norm_limit, N_CRITICS),
+        "alpha": ([agent.log_alpha], cfg.norm_limit if cfg.clip_alpha else math.inf, 1),
+    }
+    told: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
+    for turn in TURNS[cfg.order]:
+        loss = losses(agent, batch, draws, cfg)
+        of_each = {"actor": loss.actor, "critic": loss.critic.sum(0), "alpha": loss.alpha}
+        kept = loss.total.detach() <= cfg.loss_limit  # [T]; the mean still divides by T
+        optimiser.zero_grad(set_to_none=True)
+        torch.where(kept, sum(of_each[name] for name in turn), 0).mean().backward()
+        for name in turn:
+            norms[name] = clip_grad_norm(*clipped[name])
+            told[f"loss/{name}"] = of_each[name].detach()
+        if "actor" in turn:
+            told["policy/entropy"] = -loss.logp
+        optimiser.step()  # of who has a gradient
+        with torch.no_grad():
+            agent.log_alpha.clamp_(max=cfg.max_log_alpha)
 
     with torch.no_grad():
-        agent.log_alpha.clamp_(max=cfg.max_log_alpha)
         if cfg.route_balancing:
             agent.route_temp.copy_(task_weight(agent.log_alpha))
         online: list[Tensor] = list(agent.critics.parameters())
         target: list[Tensor] = list(agent.target_critics.parameters())
         torch._foreach_lerp_(target, online, cfg.target_rate)
+        if cfg.reset_extreme:
+            assert draws.reset is not None
+            reset_extreme_tasks(agent, ~kept, draws.reset)
     return {
-        "loss/alpha": loss.alpha.detach(),
-        "loss/actor": loss.actor.detach(),
-        "loss/critic": loss.critic.detach().sum(0),
+        **told,
         "loss/left_out": (~kept).float(),
-        "policy/entropy": -loss.logp,
         "policy/alpha": agent.log_alpha.detach().exp(),
-        "grad_norm/actor": actor_norm,
-        "grad_norm/critic": critic_norm,
-        "grad_norm/alpha": alpha_norm,
+        "grad_norm/actor": norms["actor"][0],
+        "grad_norm/critic": norms["critic"],
+        "grad_norm/alpha": norms["alpha"][0],
     }
+
+
+@torch.no_grad()
+def reset_extreme_tasks(agent: Agent, extreme: Tensor, shares: Tensor) -> None:
+    """PaCo's way with tasks [T] that were left out: `nets.paco.reset_extreme` of actor and critics, in place."""
+    for owner in (agent.actor, agent.critics):
+        weight = owner.net.get_parameter("task.weight")
+        weight.copy_(reset_extreme(weight, extreme, shares))

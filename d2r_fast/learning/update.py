@@ -6,15 +6,17 @@ each pass is one call, as D2R's on the CPU, all of this but rows and step is one
 `tests/learning/test_update.py` holds it against `sac.py`.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from d2r_fast.config import SacConfig
+from d2r_fast.learning.in_turn import InTurn
 from d2r_fast.learning.parameters import FlatParameters
 from d2r_fast.learning.passes import Network
-from d2r_fast.learning.sac import actor_choice, draw_route_noise
+from d2r_fast.learning.sac import actor_choice, draw_reset, draw_route_noise, reset_extreme_tasks
 from d2r_fast.learning.saved_state import check_tensor, check_tensors, count, describe, field
 from d2r_fast.nets.agent import N_CRITICS, Agent
 from d2r_fast.nets.d2r import RouteChoice
@@ -33,11 +35,13 @@ class Draws(NamedTuple):
     noise          [2B,A] standard normal, for the actions at obs and then at next_obs
     critic_choice  how the critics choose routes in their loss: sampled
     actor_noise    [1,B,R] standard Gumbel, where the actor's routes are sampled
+    reset          [T,T] in [0, 1), where extreme tasks are reset
     """
 
     noise: Tensor
     critic_choice: RouteChoice
     actor_noise: Tensor | None = None
+    reset: Tensor | None = None
 
 
 def draw(agent: Agent, rows: ReplayRows, task: Tensor, generator: torch.Generator, cfg: SacConfig) -> Draws:
@@ -46,7 +50,8 @@ def draw(agent: Agent, rows: ReplayRows, task: Tensor, generator: torch.Generato
     shape = (2 * n_rows, agent.actor.action_size)
     noise = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
     actor_noise, critic_noise = draw_route_noise(agent, n_rows, like, generator, cfg)
-    return Draws(noise, RouteChoice.sampled(agent.route_temp[task[:n_rows]], critic_noise), actor_noise)
+    critic_choice = RouteChoice.sampled(agent.route_temp[task[:n_rows]], critic_noise)
+    return Draws(noise, critic_choice, actor_noise, draw_reset(agent, like, generator, cfg))
 
 
 class Metrics(NamedTuple):
@@ -79,22 +84,61 @@ class Update:
         self._route_temp = agent.route_temp if cfg.route_balancing else torch.empty_like(agent.route_temp)
         (self._alpha_gradient,) = self.flat.gradients([agent.log_alpha])
         self._learning_rates = [cfg.actor_lr, *[cfg.critic_lr] * N_CRITICS, cfg.alpha_lr]
+        in_turn = InTurn(
+            agent, cfg, (self._actor, self._critics, self._targets), self._alpha_gradient, self._step_of_part
+        )
+        self._one_by_one = {"critics_first": in_turn.critics_first, "actor_first": in_turn.actor_first}.get(cfg.order)
+        self._norms: dict[str, Tensor] = {}  # of the parts that have made their step
 
     @torch.no_grad()
     def step(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Metrics:
         """One update of actor, critics, log alpha, targets and route temperatures; task [2B] of the rows, twice over.
 
-        Every loss sees the parameters from before the step.
+        Every loss sees the parameters from before the step, but for those that made theirs in an earlier turn.
         """
-        fill = self._fill_gradient_in_one if self._runs_as_one(rows.x) else self._fill_gradient
-        losses = fill(rows, task, draws)
         cfg, flat = self._cfg, self.flat
-        norms = optimiser_step(
-            *(flat.values, flat.gradient, self.first, self.second, flat.targets, self.step_count),
-            *(self.agent.log_alpha, self._route_temp, flat.segments, flat.targets_begin, self._learning_rates),
-            *(BETA1, BETA2, cfg.adam_eps, cfg.norm_limit, cfg.target_rate, cfg.max_log_alpha),
-        )
+        if self._one_by_one is not None:
+            choice = self._actor_choice(rows, task, draws)
+            losses = self._one_by_one(rows, task, draws.noise, choice, draws.critic_choice)
+        else:
+            fill = self._fill_gradient_in_one if self._runs_as_one(rows.x) else self._fill_gradient
+            losses = fill(rows, task, draws)
+        if cfg.order == "joint" and cfg.clip_alpha:
+            norms = optimiser_step(
+                *(flat.values, flat.gradient, self.first, self.second, flat.targets, self.step_count),
+                *(self.agent.log_alpha, self._route_temp, flat.segments, flat.targets_begin, self._learning_rates),
+                *(BETA1, BETA2, cfg.adam_eps, cfg.norm_limit, cfg.target_rate, cfg.max_log_alpha),
+            )
+        else:
+            norms = self._end_of_turns()
+        if cfg.reset_extreme:
+            assert draws.reset is not None
+            reset_extreme_tasks(self.agent, losses[3] > 0, draws.reset)
         return Metrics(losses, norms)
+
+    def _step_of_part(self, name: str) -> None:
+        """The step of "actor", "critics" or "alpha", which are parts of the buffers, for itself."""
+        cfg, flat, part = self._cfg, self.flat, self.flat.parts[name]
+        own = slice(part.begin, part.end)
+        targets = flat.targets if name == "critics" else flat.targets[:0]
+        count = self.step_count.clone()  # which all parts share
+        temperature = self._route_temp if name == "alpha" else torch.empty_like(self._route_temp)
+        self._norms[name] = optimiser_step(
+            *(flat.values[own], flat.gradient[own], self.first[own], self.second[own], targets, count),
+            *(self.agent.log_alpha, temperature, part.segments, 0, [self._learning_rates[i] for i in part.networks]),
+            *(BETA1, BETA2, cfg.adam_eps, math.inf if name == "alpha" and not cfg.clip_alpha else cfg.norm_limit),
+            *(cfg.target_rate, cfg.max_log_alpha),
+        )
+
+    def _end_of_turns(self) -> Tensor:
+        """The step of who has made none, and the norms of all [2+E]."""
+        for name in self.flat.parts:
+            if name not in self._norms:
+                self._step_of_part(name)
+        norms = torch.cat([self._norms[name] for name in self.flat.parts])
+        self._norms.clear()
+        self.step_count += 1
+        return norms
 
     def _fill_gradient(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Tensor:
         """The gradient of all that is trained, to `flat.gradient`; returns the losses [6,T]."""
@@ -103,11 +147,11 @@ class Update:
         acted_and_now, now_and_after = rows.x[:2].flatten(0, 1), rows.x[1:].flatten(0, 1)  # [2B,O+A]
 
         # The actor learns along the routes that it acted on, or chooses anew; at next_obs it goes the greedy ones.
-        n_logits = agent.actor.net.cfg.n_logits
-        choice = actor_choice(rows.route, draws.actor_noise, agent.route_temp[task[:n]], n_logits, cfg)
+        choice = self._actor_choice(rows, task, draws)
         policy = self._actor.forward(now_and_after[:, :n_obs], task, choice, n_back=n)
         actions = now_and_after[:, n_obs:]  # written here, read by the critics
         logp = squash(policy.out[0], draws.noise, actions)  # [2B]
+        alpha_loss = self._step_alpha(logp[:n]) if cfg.order == "alpha_first" else None
 
         # The critics learn from the actions in the batch; at the actor's they are constant.
         value, target_q = self._critics.forward_beside(
@@ -122,14 +166,30 @@ class Update:
         assert d_now is not None
         d_policy = squash_backward(d_now[:, n_obs:], loss.d_logp, policy.out[0, :n], draws.noise[:n], actions[:n])
         policy.backward(d_policy[None])
+        if alpha_loss is not None:
+            loss.losses[0] = alpha_loss
         return loss.losses
+
+    def _actor_choice(self, rows: ReplayRows, task: Tensor, draws: Draws) -> RouteChoice:
+        agent, n = self.agent, len(rows.reward)
+        n_logits = agent.actor.net.cfg.n_logits
+        return actor_choice(rows.route, draws.actor_noise, agent.route_temp[task[:n]], n_logits, self._cfg)
+
+    def _step_alpha(self, logp: Tensor) -> Tensor:
+        """Log alpha's step before the others', by the log probabilities [B] at obs; returns its loss [T]."""
+        log_alpha = self.agent.log_alpha
+        to_go = logp.view(len(log_alpha), -1).mean(1) - self.agent.actor.action_size
+        loss = -log_alpha * to_go
+        self._alpha_gradient.copy_(-to_go / len(log_alpha))
+        self._step_of_part("alpha")
+        return loss
 
     def _runs_as_one(self, x: Tensor) -> bool:
         """Whether each pass is one call, and so the update's gradient can be one."""
         if self._as_one is None:  # who hooks a layer later is not seen, as in `Network`
             networks = (self._actor, self._critics, self._targets)
-            replays = self._cfg.actor_routes == "replayed"  # as that call does
-            self._as_one = replays and all(network.runs_as_one(x[0]) for network in networks)
+            like_that = self._cfg.actor_routes == "replayed" and self._cfg.order == "joint"
+            self._as_one = like_that and all(network.runs_as_one(x[0]) for network in networks)
         return self._as_one
 
     def _fill_gradient_in_one(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Tensor:

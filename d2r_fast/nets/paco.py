@@ -4,7 +4,8 @@ As the JAX port (rainx0r/metaworld-algorithms 30c9991): every network has its ow
 (TToTMooN/paco-mtrl b63387f): one set of task weights for actor and critics, without one. Initial values are published:
 the N sets start equal, the task weights standard normal. The bias, which the published code lacks, starts at 0.
 
-`extreme_tasks`, `leave_out` and `reset_extreme` are the published code's way with tasks whose loss explodes.
+`extreme_tasks`, `leave_out` and `reset_extreme` are the published code's way with tasks whose loss explodes; an update
+does the same by `SacConfig.max_task_loss` and `reset_extreme`.
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class PacoConfig(NetConfigBase):
     @property
     def widest(self) -> int:
         return max(self.widths)
+
+    @property
+    def has_task_weights(self) -> bool:
+        return True
 
     def make(self, n_in: int, n_out: int, n_tasks: int, n_nets: int, role: Role) -> "PaCo":
         return PaCo(n_in, n_out, n_tasks, n_nets, self, role)
@@ -105,19 +110,17 @@ def leave_out(row_loss: Tensor, task: Tensor, extreme: Tensor) -> Tensor:
 
 
 def reset_extreme(weight: Tensor, extreme: Tensor, uniform: Tensor) -> Tensor:
-    """Task weights [...,N,T] in which extreme tasks have become random means of the others.
+    """Task weights [...,N,T] in which extreme tasks have become random means of the others; all of them if all are.
 
     extreme  [T] bool
-    uniform  [extreme tasks, other tasks] in [0, 1): their shares, before each row is divided by its sum
+    uniform  [T,T] in [0, 1): the share of each task in another, before the shares of an extreme task in the others are
+             divided by their sum. The rest of them is not looked at
     To be done after the optimiser's step; Adam's moments stay as they are. ValueError: `uniform` has another shape.
     """
-    n_extreme = int(extreme.sum())
-    if uniform.shape != (n_extreme, len(extreme) - n_extreme):
-        raise ValueError(
-            f"uniform: expected [extreme tasks={n_extreme},others={len(extreme) - n_extreme}], "
-            f"got {list(uniform.shape)}"
-        )
-    share = uniform / uniform.sum(-1, keepdim=True)
-    after = weight.clone()
-    after[..., extreme] = weight[..., ~extreme] @ share.mT
-    return after
+    n_tasks = len(extreme)
+    if uniform.shape != (n_tasks, n_tasks):
+        raise ValueError(f"uniform: expected [T={n_tasks},T={n_tasks}], got {list(uniform.shape)}")
+    share = uniform * ~extreme
+    total = share.sum(-1, keepdim=True)
+    mean = weight @ (share / torch.where(total > 0, total, 1)).mT
+    return torch.where(extreme & (total[:, 0] > 0), mean, weight)

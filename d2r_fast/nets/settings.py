@@ -51,6 +51,11 @@ class NetConfigBase(ABC):
         """(N, K) of the routes that a row took, for the replay to keep. (0, 0) where no routes are chosen."""
         return 0, 0
 
+    @property
+    def has_task_weights(self) -> bool:
+        """Whether the network is a sum of parameter sets, weighted by task, as `nets/paco.py`."""
+        return False
+
     def check_runs_on(self, device: torch.device) -> None:
         """ValueError: `backend` cannot run there, or not at these widths or in this precision; says why."""
         try:

@@ -163,7 +163,7 @@ def test_a_learner_goes_on_on_the_other_device(tmp_path: Path, there: str, here:
     draws = draw(make_learner(0, True, "cpu").agent, make_batch("cpu"), torch.Generator().manual_seed(2), SacConfig())
     for learner in (old, new):  # the same update on both: moments and step counts came over too
         device = learner.agent.log_alpha.device.type
-        noise, next_noise, choice, _ = draws
+        noise, next_noise, choice, *_ = draws
         choice = choice._replace(temperature=choice.temperature.to(device), noise=choice.noise.to(device))
         at_device = draws._replace(noise=noise.to(device), next_noise=next_noise.to(device), critic_choice=choice)
         batch = make_batch(device)

@@ -247,7 +247,8 @@ def make_batch(dtype, agent, per_task=70):
     like = torch.zeros((), dtype=dtype)
     routes = gumbel_op.gumbel((2, b, agent.critics.net.cfg.n_logits), like)
     choice = RouteChoice.sampled(agent.route_temp[task], routes)
-    return batch, Draws(*noise, choice, gumbel_op.gumbel((1, *routes.shape[1:]), like))
+    reset = torch.rand(T, T, dtype=dtype)
+    return batch, Draws(*noise, choice, gumbel_op.gumbel((1, *routes.shape[1:]), like), reset)
 
 
 @pytest.mark.parametrize("backend", ["reference", *cpp_backends()], indirect=True)
@@ -308,6 +309,80 @@ def test_updates_of_the_networks_without_routes_are_those_of_the_equations(net):
     theirs = Agent(N_OBS, A, T, net, init_alpha=0.3).double()
     ours = copy.deepcopy(theirs)
     assert_same_updates(ours, theirs, SacConfig(actor_lr=1e-3), n_updates=3, per_task=5)
+
+
+NO_LIMITS = {"max_task_loss": None, "max_grad_norm": None, "max_alpha": None}
+
+
+@pytest.mark.parametrize("order", ["alpha_first", "critics_first", "actor_first"])
+@pytest.mark.parametrize(
+    "net", ["reference", "cpp", NETS[1], NETS[2], NETS[4]], ids=lambda net: getattr(net, "kind", net)
+)
+def test_updates_in_turn_are_those_of_the_equations(order, net):
+    torch.manual_seed(0)
+    if isinstance(net, str):
+        theirs, ours = (make_agent(backend, torch.float64) for backend in ("reference", net))
+    else:
+        theirs = Agent(N_OBS, A, T, net, init_alpha=0.3).double()
+        ours = copy.deepcopy(theirs)
+    # Of an eps that makes no step of note out of a gradient that is all rounding.
+    cfg = SacConfig(actor_lr=1e-2, critic_lr=1e-2, alpha_lr=0.1, adam_eps=1e-4, **NO_LIMITS, order=order)
+    joint = copy.deepcopy(theirs)
+    assert_same_updates(ours, theirs, cfg, n_updates=3)
+    torch.manual_seed(1)  # and it is another update than all at once
+    batch, draws = make_batch(torch.float64, joint)
+    others = [copy.deepcopy(joint) for _ in range(2)]
+    for agent, each in zip(others, (cfg, replace(cfg, order="joint")), strict=True):
+        Update(agent, each).step(*as_one_step(batch, draws))
+    differs = {name for name, a in others[0].state_dict().items() if not torch.equal(a, others[1].state_dict()[name])}
+    changed = {"alpha_first": "critics.", "critics_first": "actor.", "actor_first": "critics."}[order]
+    assert any(name.startswith(changed) for name in differs)
+
+
+@pytest.mark.parametrize("order", ["joint", "alpha_first"])
+def test_log_alpha_may_be_left_unclipped(order):
+    theirs = make_agent("reference", torch.float64)
+    ours = copy.deepcopy(theirs)
+    cfg = SacConfig(max_grad_norm=0.01, max_task_loss=None, clip_alpha=False, order=order)
+    assert_same_updates(ours, theirs, cfg, n_updates=2, per_task=5)
+
+
+def test_extreme_tasks_of_paco_are_reset_by_both_forms():
+    torch.manual_seed(0)
+    theirs = Agent(N_OBS, A, T, NETS[3], init_alpha=0.3).double()
+    ours = copy.deepcopy(theirs)
+    cfg = SacConfig(max_task_loss=50.0, reset_extreme=True)
+    before = theirs.actor.net.task.weight.detach().clone()
+    left_out = assert_same_updates(ours, theirs, cfg, n_updates=3, per_task=5)
+    moved = (ours.actor.net.task.weight - before).abs().amax((0, 1))
+    assert 0 < left_out < 3 * T and moved.max() > 0.1 and moved.min() < 0.01
+
+
+def test_a_state_saved_between_updates_in_turn_goes_on_the_same():
+    torch.manual_seed(0)
+    agent = Agent(N_OBS, A, T, NETS[4])
+    cfg = SacConfig(**NO_LIMITS, order="actor_first")
+    step = Update(agent, cfg)
+    steps = [as_one_step(*make_batch(torch.float32, agent, 5)) for _ in range(4)]
+    for one in steps[:2]:
+        step.step(*one)
+    again = copy.deepcopy(agent)
+    resumed = Update(again, cfg)
+    resumed.load_state_dict(copy.deepcopy(step.state_dict()))
+    assert resumed.step_count == 2
+    for one in steps[2:]:
+        step.step(*one)
+        resumed.step(*one)
+    assert all(torch.equal(a, b) for a, b in zip(agent.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run on the GPU here: tests/gpu")
+@pytest.mark.parametrize("order", ["critics_first", "actor_first"])
+def test_updates_in_turn_layer_by_layer_are_those_of_the_equations(order):
+    pytest.importorskip("triton")
+    theirs, ours = (make_agent(of, torch.float64, n_modules=4) for of in ("reference", "triton"))
+    cfg = SacConfig(actor_lr=1e-2, critic_lr=1e-2, **NO_LIMITS, order=order)
+    assert_same_updates(ours, theirs, cfg, n_updates=1, per_task=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run on the GPU here: tests/gpu")

@@ -323,10 +323,13 @@ def test_extreme_tasks_are_left_out_and_reset():
     assert extreme_tasks(loss, task, 3, threshold=3500.0)[1].tolist() == [False, False, False]
     assert leave_out(loss, task, extreme).tolist() == [1.0, 0.0, 3.0, 0.0]
     weight = torch.arange(12.0).view(2, 2, 3)
-    after = reset_extreme(weight, extreme, torch.tensor([[0.25, 0.75]]))
+    uniform = torch.full((3, 3), 7.0)
+    uniform[1] = torch.tensor([0.2, 9.0, 0.6])
+    after = reset_extreme(weight, extreme, uniform)
     assert torch.equal(after[..., 0::2], weight[..., 0::2])
     torch.testing.assert_close(after[..., 1], 0.25 * weight[..., 0] + 0.75 * weight[..., 2])
     none = torch.zeros(3, dtype=torch.bool)
-    assert torch.equal(reset_extreme(weight, none, torch.zeros(0, 3)), weight)
-    with pytest.raises(ValueError, match=r"uniform: expected \[extreme tasks=1,others=2\], got \[2, 1\]"):
+    assert torch.equal(reset_extreme(weight, none, uniform), weight)
+    assert torch.equal(reset_extreme(weight, ~none, uniform), weight)
+    with pytest.raises(ValueError, match=r"uniform: expected \[T=3,T=3\], got \[2, 1\]"):
         reset_extreme(weight, extreme, torch.zeros(2, 1))

@@ -42,11 +42,19 @@ def test_a_network_without_routes_trains(tmp_path, net):
     assert trainer.replay.state_dict()["rows"]["route"].shape == (2, 30, 0, 0)
 
 
+NO_LIMITS = SacConfig(max_task_loss=None, max_grad_norm=None, max_alpha=None)
 ABLATED = dataclasses.replace(NET, dynamic_depth=False), SacConfig(route_balancing=False, actor_routes="sampled")
 
 
 @pytest.mark.parametrize(
-    ("net", "sac"), [(NETS[2], RUN.sac), (NETS[4], RUN.sac), ABLATED], ids=["soft-modules", "moore", "d2r-ablated"]
+    ("net", "sac"),
+    [
+        (NETS[2], dataclasses.replace(NO_LIMITS, order="alpha_first", clip_alpha=False)),
+        (NETS[3], SacConfig(max_task_loss=1e-3, reset_extreme=True)),
+        (NETS[4], dataclasses.replace(NO_LIMITS, order="actor_first")),
+        ABLATED,
+    ],
+    ids=["soft-modules", "paco", "moore", "d2r-ablated"],
 )
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, net, sac):
     cfg = dataclasses.replace(RUN, net=net, sac=sac, deterministic=True, total_steps=40)
