@@ -182,7 +182,7 @@ def test_mt10_rand_is_the_published_setting():
     assert sum(p.numel() for p in actor.parameters()) + cfg.n_tasks == 684_250
 
 
-# How each method's code trains: alpha's rate, largest alpha, task weights, Adam's eps, clipping, losses left out, order.
+# How each code trains: rate of alpha, largest alpha, task weights, eps of Adam, clipping, losses left out, order.
 METHODS = {
     "mlp": (3e-4, None, False, 1e-8, 1.0, None, "alpha_first"),
     "multi-head": (3e-4, None, False, 1e-8, 1.0, None, "alpha_first"),
