@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from d2r_fast.ops.arguments import require_flag, require_tensor
 from d2r_fast.ops.backends import Backend, Precision
 from d2r_fast.ops.ensemble_linear import ensemble_linear
 
@@ -27,16 +28,26 @@ def task_linear(
                    result is kept: the same values for T times the arithmetic.
     backend, precision  as in `ensemble_linear`
 
-    Returns [E,B,out]. ValueError: shapes, dtypes or devices disagree, or B is no multiple of T in task order.
+    Returns [E,B,out].
+    ValueError: shapes, dtypes or devices disagree, or B is no multiple of T in task order. TypeError: an argument of
+    another kind.
     """
+    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+        require_tensor(name, value, "float")
+    require_tensor("task", task, "integer")
+    require_flag("in_task_order", in_task_order)
     if weight.dim() != 4 or bias.shape != weight.shape[:3]:
         raise ValueError(
             f"weight, bias: expected [E,T,out,in] and [E,T,out], got {list(weight.shape)} and {list(bias.shape)}"
         )
     n_nets, n_tasks, n_out, n_in = weight.shape
+    if x.dim() not in (2, 3) or x.shape[-1] != n_in or (x.dim() == 3 and x.shape[0] != n_nets):
+        raise ValueError(f"x: expected [E={n_nets},B,{n_in}] or [B,{n_in}], got {list(x.shape)}")
     rows = x.shape[-2]
     if task.shape != (rows,):
         raise ValueError(f"task: expected [B={rows}], got {list(task.shape)}")
+    if task.device != x.device:
+        raise ValueError(f"task: expected device {x.device} like x, got {task.device}")
     if in_task_order:
         if rows % n_tasks:
             raise ValueError(f"x: expected as many rows of each of {n_tasks} tasks, got {rows} rows in task order")

@@ -2,7 +2,7 @@
 
     python tests/campaigns/illegal_calls.py --count 10000 [--seed S]
 
-Calls come from odd_calls.py and run in processes of their own (run_calls.py). One line a finding, then the counts:
+Calls come from make_calls.py and run in processes of their own (run_calls.py). One line a finding, then the counts:
 crashes, hangs, and `silent`, which is everything else that should not be: an illegal call accepted, a legal one refused
 or wrong, backends that disagree, an error that does not name the argument. `--first N --count 1` repeats call N.
 """

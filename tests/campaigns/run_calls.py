@@ -1,4 +1,4 @@
-"""Runs the calls of odd_calls.py in this process and judges what comes of them; illegal_calls.py starts it.
+"""Runs the calls of make_calls.py in this process and judges what comes of them; illegal_calls.py starts it.
 
 Prints JSON lines: which call is about to run on which backend, so that whoever reads knows what killed the process;
 what is wrong; and which call is done.
@@ -19,14 +19,23 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defi
 
 import torch
 from judge_calls import Outcome, judge
-from odd_calls import ILLEGAL, UNSAID, Call, as_choice, describe, make_call
+from make_calls import make_call
+from odd_calls import ILLEGAL, UNSAID, Call, as_choice, describe
 from torch import Tensor
 
 from d2r_fast import ops
 from d2r_fast.ops import Routes, ensemble_linear, make_routes, routed_modules, routed_network, select_routes
 from d2r_fast.ops.backends import availability
 from d2r_fast.ops.cpp.library import instruction_sets, use_instruction_set
+from d2r_fast.ops.expert_sum import expert_sum
+from d2r_fast.ops.layer_chain import layer_chain
+from d2r_fast.ops.module_levels import level_gates, module_levels
+from d2r_fast.ops.task_linear import task_linear
 
+OF_LAYERS: dict[str, Callable[..., Tensor]] = {
+    function.__name__: function
+    for function in (ensemble_linear, layer_chain, expert_sum, module_levels, level_gates, task_linear)
+}
 MEMORY = 3 << 30  # bytes of address space for calls: who wants more has copied what should have been refused
 CPU_SECONDS = 20  # of processor time for one call on one backend
 TRITON_CALLS, TRITON_MODULES = 25, 8  # its interpreter is slow: every so many calls, up to so many modules
@@ -138,8 +147,8 @@ def invoke(operation: str, a: dict[str, Any], backend: str) -> dict[str, Tensor]
         return {"out": routed_modules(a["h0"], a["weight"], a["bias"], routes, backend=backend)} | routes._asdict()
     if operation == "routed_modules":
         return {"out": routed_modules(**{"backend": backend} | a)}
-    if operation == "ensemble_linear":
-        return {"out": ensemble_linear(**{"backend": backend} | a)}
+    if operation in OF_LAYERS:
+        return {"out": OF_LAYERS[operation](**{"backend": backend} | a)}
     if operation == "RoutedNetwork.forward":
         out, routes = a["net"](a["x"], a["task"], as_choice(a))
         return {"out": out} | routes._asdict()
