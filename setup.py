@@ -21,6 +21,7 @@ TRAIN = [
     "metaworld==3.1.1",
     "psutil>=5.9",
     "safetensors>=0.5",
+    "scipy>=1.11",
     "tensorboard>=2.16",
     "tqdm>=4.66",
     "tyro>=0.9",

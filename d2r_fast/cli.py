@@ -14,6 +14,8 @@ USAGE = """usage: d2r COMMAND ...
                                                          the one of its checkpoints that RUN is
   d2r eval RUN_OR_CHECKPOINT [--protocol fast|published|official] [--json FILE]
                                                          success per task of a saved agent
+  d2r routes RUN_OR_CHECKPOINT [--out DIR] [--episodes N]
+                                                         which modules its episodes ran through, drawn for every task
   d2r import ACTOR.pth [CRITIC.pth CRITIC.pth]           published checkpoints of D2R as a run directory
   d2r export RUN_OR_CHECKPOINT [--out PREFIX] [--published]
                                                          its policy as safetensors and JSON, or as published .pth
@@ -22,11 +24,11 @@ USAGE = """usage: d2r COMMAND ...
   d2r presets                                            the presets and what they are for
   d2r info                                               versions, devices, backends and networks
 
-d2r COMMAND --help lists every option of train (with a PRESET), eval, import, export and fidelity.
+d2r COMMAND --help lists every option of train (with a PRESET), eval, routes, import, export and fidelity.
 """
 
 # Modules of d2r_fast.commands, each with `run(args)`; only the one asked for is imported.
-COMMANDS = ("train", "eval", "import", "export", "fidelity", "presets", "info")
+COMMANDS = ("train", "eval", "routes", "import", "export", "fidelity", "presets", "info")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,11 +1,9 @@
 """Pictures and tables of a run, from its metrics.jsonl alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; no display is needed or opened
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from d2r_fast.host.files import whole_file
@@ -33,20 +31,34 @@ def write_report(run_dir: Path, tasks: tuple[str, ...]) -> list[Path]:
         return []
     pictures = {"learning_curve.png": _learning_curve(run_dir.name, tasks, evals)}
     if evals[-1]["module_use"][0]:
-        pictures["module_use.png"] = _module_use(run_dir.name, tasks, evals[-1])
+        pictures["module_use.png"] = draw_module_use(run_dir.name, tasks, evals[-1]["module_use"])
+    return save_pictures(run_dir, pictures)
+
+
+def save_pictures(directory: Path, pictures: dict[str, Figure]) -> list[Path]:
+    """Write figures as PNGs under their names, each whole or not at all; returns the files. OSError, naming one."""
     for name, figure in pictures.items():
-        with whole_file(run_dir / name) as file:
+        with whole_file(directory / name) as file:
             figure.savefig(file, format="png", dpi=120)
-        plt.close(figure)
-    return [run_dir / name for name in pictures]
+    return [directory / name for name in pictures]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches. It belongs to no window, so that nobody has to close it."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def task_colours(n_tasks: int) -> list[tuple[float, float, float, float]]:
+    """A colour a task."""
+    colours = colormaps["tab10" if n_tasks <= 10 else "nipy_spectral"]
+    return [colours(i if n_tasks <= 10 else i / n_tasks) for i in range(n_tasks)]
 
 
 def _learning_curve(title: str, tasks: tuple[str, ...], evals: list[dict]) -> Figure:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
     steps = [record["steps"] / 1000 for record in evals]
-    colours = plt.get_cmap("tab10" if len(tasks) <= 10 else "nipy_spectral")
-    for i, task in enumerate(tasks):
-        colour = colours(i if len(tasks) <= 10 else i / len(tasks))
+    for i, (task, colour) in enumerate(zip(tasks, task_colours(len(tasks)), strict=True)):
         axes.plot(steps, [record["success"][i] for record in evals], "o-", ms=3, lw=1, label=task, color=colour)
     axes.plot(steps, [record["mean_success"] for record in evals], "k-", lw=2.5, label="mean")
     axes.set(
@@ -60,11 +72,12 @@ def _learning_curve(title: str, tasks: tuple[str, ...], evals: list[dict]) -> Fi
     return figure
 
 
-def _module_use(title: str, tasks: tuple[str, ...], record: dict) -> Figure:
-    use = record["module_use"]  # [T][N]
+def draw_module_use(title: str, tasks: Sequence[str], use: list[list[float]]) -> Figure:
+    """use [T][N]: share of steps in which a task's actor runs a module, a cell each."""
     n_modules = len(use[0])
     height = 1.8 + 0.32 * len(tasks)
-    figure, axes = plt.subplots(figsize=(max(6.0, 2.5 + 0.5 * n_modules), height), layout="constrained")
+    figure = new_figure(max(6.0, 2.5 + 0.5 * n_modules), height)
+    axes = figure.subplots()
     image = axes.imshow(use, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     labels = [f"{task} ({sum(row):.1f})" for task, row in zip(tasks, use, strict=True)]
     axes.set_yticks(range(len(tasks)), labels)

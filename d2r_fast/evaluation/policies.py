@@ -6,10 +6,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from d2r_fast.envs.metaworld import ACTION_SIZE, OBS_SIZE
 from d2r_fast.nets.agent import Actor
-from d2r_fast.ops import unpack_active
+from d2r_fast.ops import Routes, unpack_active
 
 
 class EvalPolicy(Protocol):
@@ -39,10 +40,14 @@ class GreedyPolicy:
         task = torch.from_numpy(observations[:, OBS_SIZE:].argmax(1)).to(device)
         action, routes = self._actor.act_greedily(obs, task)
         if routes is not None:
-            ran = unpack_active(routes.active[0], self._ran.shape[1]).double()  # [rows,N]
-            self._ran.index_add_(0, task, ran)
-            self._rows.index_add_(0, task, torch.ones_like(ran[:, 0]))
+            self.count(task, routes)
         return action.cpu().numpy()
+
+    def count(self, task: Tensor, routes: Routes) -> None:
+        """Add the routes (E=1) of rows that are of `task` [rows]."""
+        ran = unpack_active(routes.active[0], self._ran.shape[1]).double()  # [rows,N]
+        self._ran.index_add_(0, task, ran)
+        self._rows.index_add_(0, task, torch.ones_like(ran[:, 0]))
 
     def reset(self, env_mask: np.ndarray) -> None:
         """Nothing is carried from step to step."""

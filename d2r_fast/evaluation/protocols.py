@@ -134,7 +134,7 @@ def evaluate_protocol(
         raise ValueError(f"envs_per_task: the official protocol has one environment a task, got {envs_per_task}")
     if spec.episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {spec.episodes}")
-    n = _most_that_divide(spec.episodes, min(8, 80 // len(tasks))) if envs_per_task is None else envs_per_task
+    n = most_that_divide(spec.episodes, min(8, 80 // len(tasks))) if envs_per_task is None else envs_per_task
     if n < 1 or spec.episodes % n:
         raise ValueError(f"episodes: expected a multiple of envs_per_task={n}, got {spec.episodes}")
     begin = time.perf_counter()
@@ -158,6 +158,6 @@ def evaluate_protocol(
     return ProtocolResult(spec, tasks, seed, success, returns, seconds=time.perf_counter() - begin)
 
 
-def _most_that_divide(episodes: int, at_most: int) -> int:
+def most_that_divide(episodes: int, at_most: int) -> int:
     """The largest divisor of `episodes` up to `at_most`, or 1."""
     return max(d for d in range(1, max(1, min(at_most, episodes)) + 1) if episodes % d == 0)

@@ -386,7 +386,7 @@ def test_help():
 @pytest.mark.parametrize(
     "args, message",
     [
-        ("trian", "unknown command 'trian': expected train, eval, import, export, fidelity, presets, info"),
+        ("trian", "unknown command 'trian': expected train, eval, routes, import, export, fidelity, presets, info"),
         ("train", f"expected a preset ({PRESET_NAMES}), a config.json or --resume RUN first"),
         ("train --seed 1", "expected a preset"),
         ("train quik", f"'quik': expected a preset ({PRESET_NAMES}) or the path of a config.json"),
