@@ -77,19 +77,19 @@ def draw_route_noise(
     return noise[N_CRITICS:] if sampled else None, noise[:N_CRITICS]
 
 
-def actor_choice(
-    replayed: Tensor, noise: Tensor | None, temperature: Tensor, n_logits: int, cfg: SacConfig
-) -> RouteChoice:
+def actor_choice(agent: Agent, replayed: Tensor, noise: Tensor | None, task: Tensor, cfg: SacConfig) -> RouteChoice:
     """How the actor chooses routes in its loss.
 
-    replayed     [1,B,N,K] those that it acted on
-    noise        [1,B,R] as drawn, if they are sampled
-    temperature  [B] each row's route temperature
+    replayed  [1,B,N,K] those that it acted on
+    noise     [1,B,R] as drawn, if they are sampled
+    task      [B]
     """
     if cfg.actor_routes == "replayed":
         return RouteChoice.given(replayed)
+    temperature = agent.route_temp[task]
     if cfg.actor_routes == "greedy":  # said as a sample without noise: a choice, like the others, for these rows
-        noise, temperature = temperature.new_zeros(1, len(temperature), n_logits), torch.ones_like(temperature)
+        temperature = torch.ones_like(temperature)
+        noise = temperature.new_zeros(1, len(task), agent.actor.net.cfg.n_logits)
     assert noise is not None
     return RouteChoice.sampled(temperature, noise)
 
@@ -106,8 +106,7 @@ def losses(agent: Agent, batch: Batch, draws: Draws, cfg: SacConfig) -> Losses:
         return value.view(*value.shape[:-1], n_tasks, -1).mean(-1)
 
     # The actor learns along the routes that it acted on, unless told to choose anew.
-    n_logits = agent.actor.net.cfg.n_logits
-    choice = actor_choice(batch.route[None], draws.actor_noise, agent.route_temp[task], n_logits, cfg)
+    choice = actor_choice(agent, batch.route[None], draws.actor_noise, task, cfg)
     now = agent.actor.sample(obs, task, draws.noise, choice)
     alpha_loss = -agent.log_alpha * (task_mean(now.logp.detach()) + target_entropy)  # [T]
 

@@ -171,9 +171,7 @@ class Update:
         return loss.losses
 
     def _actor_choice(self, rows: ReplayRows, task: Tensor, draws: Draws) -> RouteChoice:
-        agent, n = self.agent, len(rows.reward)
-        n_logits = agent.actor.net.cfg.n_logits
-        return actor_choice(rows.route, draws.actor_noise, agent.route_temp[task[:n]], n_logits, self._cfg)
+        return actor_choice(self.agent, rows.route, draws.actor_noise, task[: len(rows.reward)], self._cfg)
 
     def _step_alpha(self, logp: Tensor) -> Tensor:
         """Log alpha's step before the others', by the log probabilities [B] at obs; returns its loss [T]."""
