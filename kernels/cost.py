@@ -12,7 +12,7 @@ program times the waves of programs; and the launch on top. Nothing in here was 
 import argparse
 import json
 import sys
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -251,10 +251,11 @@ def main() -> None:
             print(f"\n{suite}, {precision}, {args.card}")
             print_lines(lines)
             total, n_kernels = sum(line.us for line in lines), sum(line.kernels for line in lines)
-            by_bound = Counter[str]()
+            by_bound: dict[str, float] = {}
             for line in lines:
-                by_bound[line.bound] += round(line.us, 1)
-            shares = ", ".join(f"{bound} {us:.0f}" for bound, us in by_bound.most_common())
+                by_bound[line.bound] = by_bound.get(line.bound, 0) + round(line.us, 1)
+            most_first = sorted(by_bound.items(), key=lambda pair: -pair[1])
+            shares = ", ".join(f"{bound} {us:.0f}" for bound, us in most_first)
             launches = 1e6 * card.launch * n_kernels
             print(f"{total:.0f} us predicted, {launches:.0f} of them {n_kernels} launches; by what bounds it: {shares}")
             row = {"suite": suite, "precision": precision, "card": args.card, "us": round(total, 1)}

@@ -575,7 +575,8 @@ def routed_network_call(s: Sizes) -> tuple[Call, list[Change]]:
     def with_parameter(new: Any) -> Callable[[dict[str, Any]], None]:
         return lambda a: a.__setitem__("parameters", [*parameters[:at], new, *parameters[at + 1 :]])
 
-    for fault in tensor_faults("parameter", replaced, LAYERS):
+    tasks = (2,) if at == 4 else ()  # the task layer reads as many as it likes
+    for fault in tensor_faults("parameter", replaced, LAYERS, tasks):
         holder: dict[str, Any] = {}
         fault.apply(holder)
         label = f"parameters[{at}]:{fault.label.split(':', 1)[1]}"
