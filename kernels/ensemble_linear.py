@@ -211,6 +211,8 @@ def backward(
         )
     if d_weight.numel() > 0:
         _gradient(d_y, x, y, d_weight, d_bias, linear_launch("gradient", precision, n_in, n_out, n_rows) | flags)
+    elif to_weight:  # of a layer that reads nothing, which has no tile of weights for a program to own
+        d_bias.copy_((d_y * (y > 0) if relu else d_y).sum(1))
     return d_x, d_weight, d_bias
 
 

@@ -52,7 +52,7 @@ def module_levels(
         require_like(f"parameters[{i}]", parameter, shape, u)
     require_like("gate", gate, [n_nets, rows, (len(parameters) // 2 - 1) * n_modules**2 + n_modules], u)
     chosen = _choose(backend, u, parameters[0], max(n_in, width), precision)
-    if chosen == "reference":
+    if chosen == "reference" or 0 in u.shape:
         return reference.module_levels(u, gate, parameters, precision)
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in (u, gate, *parameters))
     y: Tensor = _run_levels(chosen, u, gate, precision, keep, list(parameters))[0]

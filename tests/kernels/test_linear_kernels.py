@@ -161,6 +161,16 @@ def test_no_rows(shared):
     assert (ours["d_weight"] == 0).all() and (ours["d_bias"] == 0).all()
 
 
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+def test_a_layer_that_reads_nothing(relu):
+    x, weight, bias, d_y = make_case(2, 7, 1, 3)
+    found = run((x[..., :0], weight[..., :0], bias, d_y), relu)
+    y = (bias.relu() if relu else bias)[:, None].expand_as(d_y)
+    torch.testing.assert_close(found["y"], y)
+    torch.testing.assert_close(found["d_bias"], (d_y * (y > 0) if relu else d_y).sum(1))
+    assert found["d_x"].shape == (2, 7, 0) and found["d_weight"].shape == (2, 3, 0)
+
+
 def test_any_strides():
     x, weight, bias, d_y = case = make_case(2, 40, 30, 20)
     strided = [x.mT.contiguous().mT, weight.mT.contiguous().mT, bias.T.contiguous().T, d_y.mT.contiguous().mT]

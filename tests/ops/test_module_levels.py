@@ -306,3 +306,12 @@ def test_few_rows_take_the_reference_unless_told():
     u, gate, *parameters = levels_case(1, 10, 5, 4, 2, 2)
     assert "Eager" not in type(module_levels(u, gate, parameters).grad_fn).__name__
     assert "Eager" in type(module_levels(u, gate, parameters, "cpp").grad_fn).__name__
+
+
+@pytest.mark.parametrize("backend", ["reference", *cpp_backends(), *triton], indirect=True)
+@pytest.mark.parametrize(("n_nets", "rows"), [(0, 3), (2, 0)], ids=["no_networks", "no_rows"])
+def test_nothing_to_do_is_done(backend, n_nets, rows):
+    leaves = levels_case(n_nets, rows, 4, 3, 2, 3)
+    y, *gradients = results(levels(backend), leaves)
+    assert y.shape == (n_nets, rows, 3) and [g.shape for g in gradients] == [v.shape for v in leaves]
+    assert all(not g.any() for g in gradients)
