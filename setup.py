@@ -19,6 +19,7 @@ TRAIN = [
     "gymnasium>=1.1",
     "matplotlib>=3.8",
     "metaworld==3.1.1",
+    "plotly>=6.0",
     "psutil>=5.9",
     "safetensors>=0.5",
     "scipy>=1.11",
@@ -30,6 +31,7 @@ DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 DEV = [
     "hypothesis>=6.100",
     "mypy>=1.10",
+    "playwright>=1.45",
     "pytest>=8",
     "pytest-benchmark>=4",
     "pytest-xdist>=3.5",
@@ -105,7 +107,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["d2r_fast", "d2r_fast.*"]), "d2r_fast.kernels"],
     package_dir={"d2r_fast.kernels": "kernels"},
-    package_data={"d2r_fast": ["py.typed"]},
+    package_data={"d2r_fast": ["py.typed", "analysis/page/*"]},
     ext_modules=[Extension("d2r_fast._cpu", sources=[])],
     cmdclass={"build_py": BuildPackage, "build_ext": BuildCpuLibrary, "bdist_wheel": Wheel},
     # The network and its operations need only these; everything that trains is in the extra.

@@ -20,7 +20,7 @@ def success_table(tasks: tuple[str, ...], success: list[float], episode_return: 
     return "\n".join(lines)
 
 
-def write_report(run_dir: Path, tasks: tuple[str, ...]) -> list[Path]:
+def write_pictures(run_dir: Path, tasks: tuple[str, ...]) -> list[Path]:
     """Draw `learning_curve.png` and, for a network with routes, `module_use.png` into the run directory; returns the
     files.
 

@@ -9,7 +9,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from d2r_fast.analysis.pictures import success_table, write_report
+from d2r_fast.analysis.pictures import success_table, write_pictures
+from d2r_fast.analysis.report import write_report
 from d2r_fast.commands.arguments import take_option
 from d2r_fast.commands.networks import describe
 from d2r_fast.config import RunConfig
@@ -98,7 +99,10 @@ def _to_the_end(trainer: Trainer) -> int:
     seconds = time.perf_counter() - begin
 
     evals = read_metrics(run_dir, "eval")
-    pictures = write_report(run_dir, trainer.tasks)
+    pictures = write_pictures(run_dir, trainer.tasks)
+    report = run_dir / "report.html" if read_metrics(run_dir, "train") else None
+    if report is not None:
+        write_report(report, [run_dir], play=finished)  # whoever stops a run does not want to wait for episodes
     if evals:
         last = evals[-1]
         print(f"\nevaluation after {last['steps']:,} steps a task and {last['updates']:,} updates:")
@@ -115,6 +119,8 @@ def _to_the_end(trainer: Trainer) -> int:
     print(f"metrics    {run_dir / 'metrics.jsonl'}, TensorBoard: {run_dir / 'tensorboard'}")
     for picture in pictures:
         print(f"picture    {picture}")
+    if report is not None:
+        print(f"report     {report}")
     if not finished:
         print(f"to go on   d2r train --resume {run_dir}")
     return 0

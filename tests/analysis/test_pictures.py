@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from d2r_fast.analysis.pictures import success_table, write_report
+from d2r_fast.analysis.pictures import success_table, write_pictures
 from d2r_fast.envs import ALL_TASKS
 
 
@@ -47,7 +47,7 @@ def colours(pixels: np.ndarray) -> set[tuple[int, ...]]:
 def test_pictures(tmp_path, n_tasks, n_modules, n_evals):
     run_dir, tasks = tmp_path / "run", ALL_TASKS[:n_tasks]
     write_metrics(run_dir, n_tasks, n_modules, n_evals)
-    pictures = write_report(run_dir, tasks)
+    pictures = write_pictures(run_dir, tasks)
     assert pictures == [run_dir / "learning_curve.png", run_dir / "module_use.png"]
     assert plt.get_fignums() == []  # no figure is left open
 
@@ -66,7 +66,7 @@ def test_pictures(tmp_path, n_tasks, n_modules, n_evals):
 
 def test_a_network_without_routes_has_no_picture_of_its_modules(tmp_path):
     write_metrics(tmp_path / "run", 2, 0, 1)
-    assert write_report(tmp_path / "run", ALL_TASKS[:2]) == [tmp_path / "run" / "learning_curve.png"]
+    assert write_pictures(tmp_path / "run", ALL_TASKS[:2]) == [tmp_path / "run" / "learning_curve.png"]
 
 
 def test_module_use_is_drawn_cell_by_cell_from_the_last_evaluation(tmp_path):
@@ -75,7 +75,7 @@ def test_module_use_is_drawn_cell_by_cell_from_the_last_evaluation(tmp_path):
     *earlier, last = (run_dir / "metrics.jsonl").read_text().splitlines()
     last = json.loads(last) | {"module_use": [[1.0, 0.0], [1.0, 0.0]]}
     (run_dir / "metrics.jsonl").write_text("\n".join([*earlier, json.dumps(last)]) + "\n")
-    use = read(write_report(run_dir, ("reach", "push"))[1])
+    use = read(write_pictures(run_dir, ("reach", "push"))[1])
     never, always = ((np.array(plt.get_cmap("viridis")(x)[:3]) * 255).round() for x in (0.0, 1.0))
     share = [(np.abs(use - colour).max(-1) <= 1).mean() for colour in (never, always)]
     assert min(share) > 0.1  # two cells of each
@@ -87,7 +87,7 @@ def test_pictures_follow_the_numbers(tmp_path):
     (tmp_path / "again").mkdir()
     same = write_metrics(tmp_path / "again" / "run0", 2, 4, 3, seed=0)
     tasks = ("reach", "push")
-    first, second, third = (write_report(run, tasks) for run in (one, other, same))
+    first, second, third = (write_pictures(run, tasks) for run in (one, other, same))
     for a, b, c in zip(first, second, third, strict=True):
         assert read(a).shape != read(b).shape or (read(a) != read(b)).any()
         np.testing.assert_array_equal(read(a), read(c))
@@ -96,13 +96,13 @@ def test_pictures_follow_the_numbers(tmp_path):
 def test_without_an_evaluation_there_is_nothing_to_draw(tmp_path):
     run_dir = write_metrics(tmp_path / "run", 2, 4, 0)
     (run_dir / "metrics.jsonl").write_text('{"kind": "train", "steps": 10, "updates": 5}\n')
-    assert write_report(run_dir, ("reach", "push")) == []
+    assert write_pictures(run_dir, ("reach", "push")) == []
     assert [path.name for path in run_dir.iterdir()] == ["metrics.jsonl"]
 
 
 def test_without_metrics(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
-        write_report(tmp_path, ("reach",))
+        write_pictures(tmp_path, ("reach",))
 
 
 def test_success_table():

@@ -114,6 +114,7 @@ def test_train(trained):
             "checkpoints",
             "learning_curve.png",
             "module_use.png",
+            "report.html",
             "run_id",
         )
     }
@@ -142,10 +143,20 @@ def test_train_tells_where_everything_is(trained):
     last = metrics(run_dir)[-1]
     for task, success in zip(("reach", "drawer-close"), last["success"], strict=True):
         assert any(line.split()[:2] == [task, f"{success:.2f}"] for line in lines)
-    named = {line.split()[1].rstrip(",") for line in lines if line.startswith(("checkpoint ", "metrics ", "picture "))}
+    named = {
+        line.split()[1].rstrip(",")
+        for line in lines
+        if line.startswith(("checkpoint ", "metrics ", "picture ", "report "))
+    }
     assert named == {
         str(run_dir / name)
-        for name in ("checkpoints/step-0000000030.pt", "metrics.jsonl", "learning_curve.png", "module_use.png")
+        for name in (
+            "checkpoints/step-0000000030.pt",
+            "metrics.jsonl",
+            "learning_curve.png",
+            "module_use.png",
+            "report.html",
+        )
     }
     assert any(line.startswith("finished after") for line in lines)
     (idle,) = (line for line in lines if line.startswith("idle "))
@@ -386,7 +397,10 @@ def test_help():
 @pytest.mark.parametrize(
     "args, message",
     [
-        ("trian", "unknown command 'trian': expected train, eval, routes, import, export, fidelity, presets, info"),
+        (
+            "trian",
+            "unknown command 'trian': expected train, eval, routes, report, import, export, fidelity, presets, info",
+        ),
         ("train", f"expected a preset ({PRESET_NAMES}), a config.json or --resume RUN first"),
         ("train --seed 1", "expected a preset"),
         ("train quik", f"'quik': expected a preset ({PRESET_NAMES}) or the path of a config.json"),
