@@ -8,7 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from d2r_fast.kernels.settings import FUSED, check_dtype, packed
-from d2r_fast.kernels.tiles import place_of, rounded_product
+from d2r_fast.kernels.tiles import (
+    block,
+    linear_tile,
+    linear_tile_backward,
+    load_d_z,
+    load_tile,
+    place_of,
+    rounded_product,
+)
 from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_reduce_kernel
 from d2r_fast.ops.backends import check_precision
 
@@ -44,8 +52,8 @@ def ensemble_linear_fwd_kernel(
     one behind another.
     """
     net = tl.program_id(2).to(tl.int64)
-    row, inside = _block(tl.program_id(0), n_rows, BLOCK_ROWS)
-    out, exists = _block(tl.program_id(1), N_OUT, BLOCK_OUT)
+    row, inside = block(tl.program_id(0), n_rows, BLOCK_ROWS)
+    out, exists = block(tl.program_id(1), N_OUT, BLOCK_OUT)
     if place_ptr is None:
         x_ptr += 0 if SHARED else net * n_rows * X_STRIDE
         weight_ptr += net * N_OUT * N_IN
@@ -55,11 +63,7 @@ def ensemble_linear_fwd_kernel(
         weight_ptr += place_of(place_ptr, net, 0, N_IN)
         bias_ptr += place_of(place_ptr, net, 1, N_OUT)
     z = tl.zeros((BLOCK_ROWS, BLOCK_OUT), y_ptr.dtype.element_ty)
-    for start in range(0, N_IN, BLOCK_DEPTH):
-        feature = start + tl.arange(0, BLOCK_DEPTH)
-        x = _load(x_ptr, row, inside, feature, N_IN, X_STRIDE)
-        weight = _load(weight_ptr, out, exists, feature, N_IN, N_IN)
-        z = rounded_product(x, tl.trans(weight), z, PRECISION)
+    z = linear_tile(z, x_ptr, row, inside, weight_ptr, out, exists, N_IN, X_STRIDE, N_IN, PRECISION, BLOCK_DEPTH)
     z += tl.load(bias_ptr + out, mask=exists, other=0.0)[None, :]
     if RELU:
         z = tl.where(z <= 0, 0.0, z)  # a NaN stays: a diverged network must show
@@ -77,18 +81,18 @@ def ensemble_linear_bwd_kernel(
     """Grid (cdiv(B, BLOCK_ROWS), cdiv(in, BLOCK_IN), E, or 1 where all networks share x); a program owns one tile of
     d_x, written once. Networks that share x are summed first to last, within the program: E of them, from FIRST on each
     STEP-th. place as in the forward kernel, of which x's part is not read."""
-    row, inside = _block(tl.program_id(0), n_rows, BLOCK_ROWS)
-    feature, exists = _block(tl.program_id(1), N_IN, BLOCK_IN)
+    row, inside = block(tl.program_id(0), n_rows, BLOCK_ROWS)
+    feature, exists = block(tl.program_id(1), N_IN, BLOCK_IN)
     d_x = tl.zeros((BLOCK_ROWS, BLOCK_IN), d_x_ptr.dtype.element_ty)
     own = tl.program_id(2).to(tl.int64)
     for other in range(E if SHARED else 1):
         net = own + FIRST + other * STEP
         weight_at = net * N_OUT * N_IN if place_ptr is None else place_of(place_ptr, net, 0, N_IN)
-        for start in range(0, N_OUT, BLOCK_DEPTH):
-            out = start + tl.arange(0, BLOCK_DEPTH)
-            d_z = _load_d_z(d_y_ptr, y_ptr, net * n_rows * N_OUT, row, inside, out, N_OUT, RELU)
-            weight = _load(weight_ptr + weight_at, out, out < N_OUT, feature, N_IN, N_IN)
-            d_x = rounded_product(d_z, weight, d_x, PRECISION)
+        gradient = net * n_rows * N_OUT
+        d_x = linear_tile_backward(
+            d_x, d_y_ptr + gradient, y_ptr + gradient if RELU else None, row, inside, weight_ptr + weight_at, feature,
+            N_IN, N_OUT, RELU, PRECISION, BLOCK_DEPTH,
+        )  # fmt: skip
     at = ((own * n_rows + row) * N_IN)[:, None] + feature[None, :]
     tl.store(d_x_ptr + at, d_x, mask=inside[:, None] & exists[None, :])
 
@@ -106,15 +110,16 @@ def ensemble_linear_gradient_kernel(
     net = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1)
     in_tile = tl.program_id(0) % n_in_tiles
-    out, exists = _block(tl.program_id(0) // n_in_tiles, N_OUT, BLOCK_OUT)
-    feature, _ = _block(in_tile, N_IN, BLOCK_IN)
+    out, exists = block(tl.program_id(0) // n_in_tiles, N_OUT, BLOCK_OUT)
+    feature, _ = block(in_tile, N_IN, BLOCK_IN)
     x_ptr += 0 if SHARED else net * n_rows * N_IN
+    gradient = net * n_rows * N_OUT
     d_weight = tl.zeros((BLOCK_OUT, BLOCK_IN), d_weight_ptr.dtype.element_ty)
     of_bias = tl.zeros((BLOCK_DEPTH, BLOCK_OUT), d_weight_ptr.dtype.element_ty)
     for start in range(0, SPLIT_ROWS, BLOCK_DEPTH):
-        row, inside = _block(0, n_rows, BLOCK_DEPTH, split * SPLIT_ROWS + start)
-        d_z = _load_d_z(d_y_ptr, y_ptr, net * n_rows * N_OUT, row, inside, out, N_OUT, RELU)
-        x = _load(x_ptr, row, inside, feature, N_IN, N_IN)
+        row, inside = block(0, n_rows, BLOCK_DEPTH, split * SPLIT_ROWS + start)
+        d_z = load_d_z(d_y_ptr + gradient, y_ptr + gradient, row, inside, out, N_OUT, RELU)
+        x = load_tile(x_ptr, row, inside, feature, N_IN, N_IN)
         d_weight = rounded_product(tl.trans(d_z), x, d_weight, PRECISION)
         of_bias += d_z
     part = split.to(tl.int64) * tl.num_programs(2) + net
@@ -122,29 +127,6 @@ def ensemble_linear_gradient_kernel(
     tl.store(d_weight_ptr + at, d_weight, mask=exists[:, None] & (feature < N_IN)[None, :])
     if in_tile == 0:
         tl.store(d_bias_ptr + part * N_OUT + out, tl.sum(of_bias, 0), mask=exists)
-
-
-@triton.jit
-def _block(tile, n, BLOCK: tl.constexpr, begin=0):
-    """Places of a block (int64, because they are multiplied by widths), and which of them exist."""
-    at = begin + tile * BLOCK + tl.arange(0, BLOCK)
-    return at.to(tl.int64), at < n
-
-
-@triton.jit
-def _load(ptr, first, exists, second, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
-    """Rows `first`, columns `second` of a matrix of that width; 0 where there are none."""
-    mask = exists[:, None] & (second < WIDTH)[None, :]
-    return tl.load(ptr + (first * STRIDE)[:, None] + second[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _load_d_z(d_y_ptr, y_ptr, network, row, inside, out, N_OUT: tl.constexpr, RELU: tl.constexpr):
-    """The gradient in front of the ReLU, [rows,outs]: d_y where y is above 0."""
-    d_z = _load(d_y_ptr + network, row, inside, out, N_OUT, N_OUT)
-    if RELU:
-        d_z = tl.where(_load(y_ptr + network, row, inside, out, N_OUT, N_OUT) > 0, d_z, 0.0)
-    return d_z
 
 
 def linear_launch(kernel: str, precision: str, n_in: int, n_out: int, n_rows: int) -> dict[str, Any]:

@@ -24,6 +24,46 @@ from d2r_fast.ops.select_routes import Routes
 SORT_FROM_ROWS = 264 * 16
 
 
+@triton.jit
+def walk_forward(
+    h_ptr, opened_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, slot, row, inside, active, n_rows,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Modules 1..N-1 of a tile of rows; returns what the head reads, [rows,D].
+
+    h, opened [N,B,D], weight and bias are a network's, `slot` a row's first of route 1. Module 0's output is there, and
+    the program's threads know it.
+    """
+    col = tl.arange(0, BLOCK_D)
+    in_width = (col < D)[None, :]
+    for i in range(1, N):
+        wanted = inside & (((active >> i) & 1) != 0)
+        if tl.max(wanted.to(tl.int32), 0) > 0:
+            route = slot + (i - 1) * K
+            module = i - 1
+            z = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
+            for start in range(0, D, BLOCK_K):
+                feature = start + tl.arange(0, BLOCK_K)
+                x = mix_sources(h_ptr, index_ptr, gate_ptr, route, row, wanted, i, feature, n_rows, D, K)
+                w = tl.load(
+                    weight_ptr + module * D * D + (col * D)[:, None] + feature[None, :],
+                    mask=(col < D)[:, None] & (feature < D)[None, :],
+                    other=0.0,
+                )
+                z = product(x, tl.trans(w), z, PRECISION)
+            z += tl.load(bias_ptr + module * D + col, mask=col < D, other=0.0)[None, :]
+            h = tl.where(z <= 0, 0.0, z)  # a NaN stays: a diverged network must show
+            if RESIDUAL:
+                h += mix_sources(h_ptr, index_ptr, gate_ptr, route, row, wanted, i, col, n_rows, D, K)
+            at = ((i * n_rows + row) * D)[:, None] + col[None, :]
+            tl.store(h_ptr + at, h, mask=wanted[:, None] & in_width)
+            if opened_ptr is not None:
+                tl.store(opened_ptr + at, z > 0, mask=wanted[:, None] & in_width)
+            tl.debug_barrier()
+    return mix_sources(h_ptr, index_ptr, gate_ptr, slot + (N - 1) * K, row, inside, N, col, n_rows, D, K)
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def routed_modules_fwd_kernel(
     h0_ptr, weight_ptr, bias_ptr, place_ptr, index_ptr, gate_ptr, active_ptr, order_ptr, mixed_ptr, h_ptr, opened_ptr,
@@ -54,31 +94,10 @@ def routed_modules_fwd_kernel(
     h0 = tl.load(h0_ptr + own_row, mask=inside[:, None] & in_width, other=0.0)
     tl.store(h_ptr + buffer + (row * D)[:, None] + col[None, :], h0, mask=inside[:, None] & in_width)
     tl.debug_barrier()
-    for i in range(1, N):
-        wanted = inside & (((active >> i) & 1) != 0)
-        if tl.max(wanted.to(tl.int32), 0) > 0:
-            route = slot + (i - 1) * K
-            module = i - 1
-            z = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
-            for start in range(0, D, BLOCK_K):
-                feature = start + tl.arange(0, BLOCK_K)
-                x = mix_sources(h_ptr + buffer, index_ptr, gate_ptr, route, row, wanted, i, feature, n_rows, D, K)
-                w = tl.load(
-                    weight_ptr + module * D * D + (col * D)[:, None] + feature[None, :],
-                    mask=(col < D)[:, None] & (feature < D)[None, :],
-                    other=0.0,
-                )
-                z = product(x, tl.trans(w), z, PRECISION)
-            z += tl.load(bias_ptr + module * D + col, mask=col < D, other=0.0)[None, :]
-            h = tl.where(z <= 0, 0.0, z)  # a NaN stays: a diverged network must show
-            if RESIDUAL:
-                h += mix_sources(h_ptr + buffer, index_ptr, gate_ptr, route, row, wanted, i, col, n_rows, D, K)
-            at = buffer + ((i * n_rows + row) * D)[:, None] + col[None, :]
-            tl.store(h_ptr + at, h, mask=wanted[:, None] & in_width)
-            if opened_ptr is not None:
-                tl.store(opened_ptr + at, z > 0, mask=wanted[:, None] & in_width)
-            tl.debug_barrier()
-    mixed = mix_sources(h_ptr + buffer, index_ptr, gate_ptr, slot + (N - 1) * K, row, inside, N, col, n_rows, D, K)
+    mixed = walk_forward(
+        h_ptr + buffer, None if opened_ptr is None else opened_ptr + buffer, weight_ptr, bias_ptr, index_ptr, gate_ptr,
+        slot, row, inside, active, n_rows, N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_ROWS, BLOCK_K,
+    )  # fmt: skip
     tl.store(mixed_ptr + own_row, mixed, mask=inside[:, None] & in_width)
 
 
@@ -115,6 +134,59 @@ def _push(
     return touched
 
 
+@triton.jit
+def walk_backward(
+    d_x, h_ptr, opened_ptr, weight_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
+    slot, row, inside, active, n_rows,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Modules N-1..1 of a tile of rows, from the gradient d_x [rows,D] of what the head reads; pointers as
+    `walk_forward`, the adjoints as h. Leaves module 0's adjoint with the others, behind a barrier."""
+    col = tl.arange(0, BLOCK_D)
+    in_width = (col < D)[None, :]
+    touched = _push(
+        d_x, tl.zeros_like(d_x), h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr,
+        flow_ptr, d_gate_ptr, slot + (N - 1) * K, row, inside, N, col, tl.zeros_like(active),
+        n_rows, D, K, RESIDUAL,
+    )  # fmt: skip
+    tl.debug_barrier()
+    for i in range(N - 1, 0, -1):
+        wanted = inside & (((active >> i) & 1) != 0)
+        if tl.max(wanted.to(tl.int32), 0) > 0:
+            module = i - 1
+            at = ((i * n_rows + row) * D)[:, None]
+            # Of routes made by hand: a module that runs, though nothing reads it.
+            unread = wanted & (((touched >> i) & 1) == 0)
+            if tl.max(unread.to(tl.int32), 0) > 0:
+                mask = unread[:, None] & in_width
+                tl.store(to_relu_ptr + at + col[None, :], tl.zeros_like(d_x), mask=mask)
+                if RESIDUAL:
+                    tl.store(to_residual_ptr + at + col[None, :], tl.zeros_like(d_x), mask=mask)
+                tl.debug_barrier()
+            d_main = tl.zeros_like(d_x)
+            for start in range(0, D, BLOCK_K):
+                feature = start + tl.arange(0, BLOCK_K)
+                part = wanted[:, None] & (feature < D)[None, :]
+                d_z = tl.load(to_relu_ptr + at + feature[None, :], mask=part, other=0.0)
+                opened = tl.load(opened_ptr + at + feature[None, :], mask=part, other=0)
+                w = tl.load(
+                    weight_ptr + module * D * D + (feature * D)[:, None] + col[None, :],
+                    mask=(feature < D)[:, None] & in_width,
+                    other=0.0,
+                )
+                d_main = product(tl.where(opened != 0, d_z, 0.0), w, d_main, PRECISION)
+            d_res = tl.zeros_like(d_main)
+            if RESIDUAL:
+                d_res = tl.load(to_residual_ptr + at + col[None, :], mask=wanted[:, None] & in_width, other=0.0)
+            touched = _push(
+                d_main, d_res, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr,
+                flow_ptr, d_gate_ptr, slot + (i - 1) * K, row, wanted, i, col, touched,
+                n_rows, D, K, RESIDUAL,
+            )  # fmt: skip
+            tl.debug_barrier()
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def routed_modules_bwd_kernel(
     d_mixed_ptr, h_ptr, weight_ptr, place_ptr, opened_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr, order_ptr,
@@ -143,47 +215,10 @@ def routed_modules_bwd_kernel(
     own_row = ((net * n_rows + row) * D)[:, None] + col[None, :]
 
     d_x = tl.load(d_mixed_ptr + own_row, mask=inside[:, None] & in_width, other=0.0)
-    touched = _push(
-        d_x, tl.zeros_like(d_x), h_ptr, to_relu_ptr + buffer, to_residual_ptr + buffer, index_ptr, gate_ptr,
-        flow_ptr, d_gate_ptr, slot + (N - 1) * K, row, inside, N, col, tl.zeros_like(active),
-        n_rows, D, K, RESIDUAL,
+    walk_backward(
+        d_x, h_ptr, opened_ptr, weight_ptr, to_relu_ptr + buffer, to_residual_ptr + buffer, index_ptr, gate_ptr,
+        flow_ptr, d_gate_ptr, slot, row, inside, active, n_rows, N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_K,
     )  # fmt: skip
-    tl.debug_barrier()
-    for i in range(N - 1, 0, -1):
-        wanted = inside & (((active >> i) & 1) != 0)
-        if tl.max(wanted.to(tl.int32), 0) > 0:
-            module = i - 1
-            at = (buffer + (i * n_rows + row) * D)[:, None]
-            # Of routes made by hand: a module that runs, though nothing reads it.
-            unread = wanted & (((touched >> i) & 1) == 0)
-            if tl.max(unread.to(tl.int32), 0) > 0:
-                mask = unread[:, None] & in_width
-                tl.store(to_relu_ptr + at + col[None, :], tl.zeros_like(d_x), mask=mask)
-                if RESIDUAL:
-                    tl.store(to_residual_ptr + at + col[None, :], tl.zeros_like(d_x), mask=mask)
-                tl.debug_barrier()
-            opened_at = ((i * n_rows + row) * D)[:, None]
-            d_main = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
-            for start in range(0, D, BLOCK_K):
-                feature = start + tl.arange(0, BLOCK_K)
-                part = wanted[:, None] & (feature < D)[None, :]
-                d_z = tl.load(to_relu_ptr + at + feature[None, :], mask=part, other=0.0)
-                opened = tl.load(opened_ptr + opened_at + feature[None, :], mask=part, other=0)
-                w = tl.load(
-                    weight_ptr + module * D * D + (feature * D)[:, None] + col[None, :],
-                    mask=(feature < D)[:, None] & in_width,
-                    other=0.0,
-                )
-                d_main = product(tl.where(opened != 0, d_z, 0.0), w, d_main, PRECISION)
-            d_res = tl.zeros_like(d_main)
-            if RESIDUAL:
-                d_res = tl.load(to_residual_ptr + at + col[None, :], mask=wanted[:, None] & in_width, other=0.0)
-            touched = _push(
-                d_main, d_res, h_ptr, to_relu_ptr + buffer, to_residual_ptr + buffer, index_ptr, gate_ptr,
-                flow_ptr, d_gate_ptr, slot + (i - 1) * K, row, wanted, i, col, touched,
-                n_rows, D, K, RESIDUAL,
-            )  # fmt: skip
-            tl.debug_barrier()
     to_relu = tl.load(
         to_relu_ptr + buffer + (row * D)[:, None] + col[None, :], mask=inside[:, None] & in_width, other=0.0
     )

@@ -17,44 +17,38 @@ from d2r_fast.kernels.tiles import sum_products
 WARP_LOGITS = 256  # of the padded block, 8 a thread: at N=16 a row is one warp, so no reduction needs a barrier
 
 
-@triton.jit(do_not_specialize=["n_total", "n_rows", "n_chosen", "n_choosing"])
-def select_routes_fwd_kernel(
-    logits_ptr, temperature_ptr, noise_ptr, given_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr,
-    n_total, n_rows, n_chosen, n_choosing,
+@triton.jit
+def select_rows(
+    logits_ptr, row, inside, temperature_ptr, temperature_row, noise_ptr, noise_row, is_sampled,
+    given_ptr, given_row, is_given, index_ptr, gate_ptr, flow_ptr, active_ptr,
     N: tl.constexpr, K: tl.constexpr, RESROUTING: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(E*B, BLOCK_ROWS),); a program owns all routes of its rows.
+    """All routes of some rows [BLOCK_ROWS], which lie at `row` of the logits and of what is written.
 
-    The first n_chosen rows of each of the first n_choosing networks take noise or given sources, which are
-    [n_choosing,n_chosen,...]; the rest is greedy.
-    Reads R logits a row (and R of noise, or N*K given sources), writes 9*N*K+4 bytes, each once: bandwidth-bound.
+    Rows where `is_sampled` add noise to their logits, rows where `is_given` take given sources, each from its row of
+    them; the rest is greedy.
     Invariant: a pick is a source that exists and is not picked yet whatever the logits hold (a NaN counts as largest,
     as in torch), so that whoever indexes by it stays inside memory. Given sources too: one that its route does not have
     becomes source 0, and one given twice counts once in `active`. Such a route's gates are all NaN, so that it shows.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = (row < n_total)[:, None, None]
     route = 1 + tl.arange(0, BLOCK_N)[None, :, None]  # [1,routes,1]
     source = tl.arange(0, BLOCK_N)[None, None, :]  # [1,1,sources]
     slot = tl.arange(0, BLOCK_SLOTS)[None, None, :]  # [1,1,slots]
-    exists = inside & (route <= N)
+    exists = inside[:, None, None] & (route <= N)
     used = exists & (slot < K) & (slot < route)
     logit = route * (route - 1) // 2 + source
     packed = (row * (N * (N + 1) // 2))[:, None, None] + logit
     slots = (row * (N * K))[:, None, None] + (route - 1) * K + slot
-    own = row % n_rows  # in its network
-    chooses = (own < n_chosen) & (row // n_rows < n_choosing)
-    is_chosen = chooses[:, None, None]
-    chosen_row = ((row // n_rows) * n_chosen + own)[:, None, None]
 
     free = exists & (source < route)
     logits = tl.load(logits_ptr + packed, mask=free, other=0.0)
     score = logits
     if noise_ptr is not None:
         # logits / tau + noise in the order of logits + tau * noise: no division, so no overflow at a tiny tau.
-        tau = tl.load(temperature_ptr + own, mask=(row < n_total) & chooses, other=1.0)
-        noise = tl.load(noise_ptr + chosen_row * (N * (N + 1) // 2) + logit, mask=free & is_chosen, other=0.0)
+        tau = tl.load(temperature_ptr + temperature_row, mask=inside & is_sampled, other=1.0)
+        noise_at = (noise_row * (N * (N + 1) // 2))[:, None, None] + logit
+        noise = tl.load(noise_ptr + noise_at, mask=free & is_sampled[:, None, None], other=0.0)
         score += tau[:, None, None] * noise
     score = tl.where(score == score, score, float("inf"))
     logits = tl.where(exists & (source >= route), -float("inf"), logits)
@@ -63,8 +57,9 @@ def select_routes_fwd_kernel(
 
     chosen = tl.zeros((BLOCK_ROWS, BLOCK_N, BLOCK_SLOTS), tl.int32)
     if given_ptr is not None:
-        given_slot = chosen_row * (N * K) + (route - 1) * K + slot
-        given = tl.load(given_ptr + given_slot, mask=used & is_chosen, other=0)
+        keeps = is_given[:, None, None]
+        given_slot = (given_row * (N * K))[:, None, None] + (route - 1) * K + slot
+        given = tl.load(given_ptr + given_slot, mask=used & keeps, other=0)
         legal = (given >= 0) & (given < route)  # in its own type: 2^32 must not pass for 0
         chosen = tl.where(legal, given, 0).to(tl.int32)
         taken = tl.zeros((BLOCK_ROWS, BLOCK_N, 1), tl.int32)  # bits of the sources in slots before k
@@ -74,7 +69,7 @@ def select_routes_fwd_kernel(
         best = tl.max(tl.where(free, score, -float("inf")), 2)[:, :, None]
         pick = tl.min(tl.where(free & (score == best), source, BLOCK_N), 2)[:, :, None]
         if given_ptr is not None:
-            pick = tl.where(is_chosen, tl.sum(tl.where(slot == k, chosen, 0), 2)[:, :, None], pick)
+            pick = tl.where(keeps, tl.sum(tl.where(slot == k, chosen, 0), 2)[:, :, None], pick)
             bit = pick % BLOCK_N  # pick is BLOCK_N where no source is left, for a slot that is not used
             fresh = fresh & ((slot != k) | (((taken >> bit) & 1) == 0))
             taken |= tl.full(pick.shape, 1, tl.int32) << bit
@@ -101,7 +96,64 @@ def select_routes_fwd_kernel(
     for i in range(N - 1, 0, -1):
         picked = tl.sum(tl.where(of_route == i, bits, 0), 1)
         active |= tl.where(((active >> i) & 1) != 0, picked, 0)
-    tl.store(active_ptr + row, active, mask=row < n_total)
+    tl.store(active_ptr + row, active, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_total", "n_rows", "n_chosen", "n_choosing"])
+def select_routes_fwd_kernel(
+    logits_ptr, temperature_ptr, noise_ptr, given_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr,
+    n_total, n_rows, n_chosen, n_choosing,
+    N: tl.constexpr, K: tl.constexpr, RESROUTING: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(E*B, BLOCK_ROWS),); a program owns all routes of its rows.
+
+    The first n_chosen rows of each of the first n_choosing networks take noise or given sources, which are
+    [n_choosing,n_chosen,...]; the rest is greedy.
+    Reads R logits a row (and R of noise, or N*K given sources), writes 9*N*K+4 bytes, each once: bandwidth-bound.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    own = row % n_rows  # in its network
+    chooses = (own < n_chosen) & (row // n_rows < n_choosing)
+    chosen_row = (row // n_rows) * n_chosen + own
+    select_rows(
+        logits_ptr, row, row < n_total, temperature_ptr, own, noise_ptr, chosen_row, chooses,
+        given_ptr, chosen_row, chooses, index_ptr, gate_ptr, flow_ptr, active_ptr,
+        N, K, RESROUTING, BLOCK_N, BLOCK_SLOTS, BLOCK_ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def select_rows_backward(
+    d_gate_ptr, d_row, index_ptr, gate_ptr, active_ptr, row, inside, d_logits_ptr,
+    N: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of some rows' logits, which like d_gate's lie at `d_row`, and what was chosen at `row`: that of a
+    softmax over the chosen, 0 elsewhere. With active: routes of modules that are not count as 0, whatever d_gate holds
+    there."""
+    route = 1 + tl.arange(0, BLOCK_N)[None, :, None]
+    source = tl.arange(0, BLOCK_N)[None, None, :]
+    slot = tl.arange(0, BLOCK_SLOTS)[None, None, :]
+    exists = inside[:, None, None] & (route <= N)
+    used = exists & (slot < K) & (slot < route)
+    slots = (row * (N * K))[:, None, None] + (route - 1) * K + slot
+    d_slots = (d_row * (N * K))[:, None, None] + (route - 1) * K + slot
+    index = tl.load(index_ptr + slots, mask=used, other=-1)  # an unused slot is no source's
+    gate = tl.load(gate_ptr + slots, mask=used, other=0.0)
+    counts = used
+    if active_ptr is not None:
+        active = tl.load(active_ptr + row, mask=inside, other=0)[:, None, None]
+        counts = used & ((route == N) | (((active >> route) & 1) != 0))
+    d_gate = tl.load(d_gate_ptr + d_slots, mask=counts, other=0.0)
+    d_value = gate * (d_gate - sum_products(gate, d_gate, 2)[:, :, None])
+
+    d_logits = tl.zeros((BLOCK_ROWS, BLOCK_N, BLOCK_N), gate.dtype)
+    for k in tl.static_range(K):
+        pick = tl.sum(tl.where(slot == k, index, 0), 2)[:, :, None]
+        d_logits = tl.where(source == pick, tl.sum(tl.where(slot == k, d_value, 0.0), 2)[:, :, None], d_logits)
+    packed = (d_row * (N * (N + 1) // 2))[:, None, None] + route * (route - 1) // 2 + source
+    tl.store(d_logits_ptr + packed, d_logits, mask=exists & (source < route))
 
 
 @triton.jit(do_not_specialize=["n_total"])
@@ -110,31 +162,13 @@ def select_routes_bwd_kernel(
     N: tl.constexpr, K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(E*B, BLOCK_ROWS),); a program owns all logits of its rows: the gradient of a softmax over the chosen,
-    0 elsewhere. Reads 12*N*K bytes a row, writes R gradients, each once: bandwidth-bound. With active: routes of
-    modules that are not count as 0, whatever d_gate holds there."""
+    """Grid (cdiv(E*B, BLOCK_ROWS),); a program owns all logits of its rows. Reads 12*N*K bytes a row, writes R
+    gradients, each once: bandwidth-bound."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    route = 1 + tl.arange(0, BLOCK_N)[None, :, None]
-    source = tl.arange(0, BLOCK_N)[None, None, :]
-    slot = tl.arange(0, BLOCK_SLOTS)[None, None, :]
-    exists = (row < n_total)[:, None, None] & (route <= N)
-    used = exists & (slot < K) & (slot < route)
-    slots = (row * (N * K))[:, None, None] + (route - 1) * K + slot
-    index = tl.load(index_ptr + slots, mask=used, other=-1)  # an unused slot is no source's
-    gate = tl.load(gate_ptr + slots, mask=used, other=0.0)
-    counts = used
-    if active_ptr is not None:
-        active = tl.load(active_ptr + row, mask=row < n_total, other=0)[:, None, None]
-        counts = used & ((route == N) | (((active >> route) & 1) != 0))
-    d_gate = tl.load(d_gate_ptr + slots, mask=counts, other=0.0)
-    d_value = gate * (d_gate - sum_products(gate, d_gate, 2)[:, :, None])
-
-    d_logits = tl.zeros((BLOCK_ROWS, BLOCK_N, BLOCK_N), gate.dtype)
-    for k in tl.static_range(K):
-        pick = tl.sum(tl.where(slot == k, index, 0), 2)[:, :, None]
-        d_logits = tl.where(source == pick, tl.sum(tl.where(slot == k, d_value, 0.0), 2)[:, :, None], d_logits)
-    packed = (row * (N * (N + 1) // 2))[:, None, None] + route * (route - 1) // 2 + source
-    tl.store(d_logits_ptr + packed, d_logits, mask=exists & (source < route))
+    select_rows_backward(
+        d_gate_ptr, row, index_ptr, gate_ptr, active_ptr, row, row < n_total, d_logits_ptr,
+        N, K, BLOCK_N, BLOCK_SLOTS, BLOCK_ROWS,
+    )  # fmt: skip
 
 
 def route_launch(n_modules: int, n_kept: int) -> dict[str, Any]:

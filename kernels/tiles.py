@@ -1,4 +1,5 @@
-"""What kernels share: which rows a tile holds, a route's sources, one product, sums of products across threads."""
+"""What kernels share: which rows a tile holds, a route's sources, one product, a tile of a linear layer and of its
+gradient, sums of products across threads."""
 
 import triton
 import triton.language as tl
@@ -80,6 +81,58 @@ def rounded_product(a, b, total, PRECISION: tl.constexpr):
         a = to_tf32(a)
         b = to_tf32(b)
     return product(a, b, total, PRECISION)
+
+
+@triton.jit
+def block(tile, n, BLOCK: tl.constexpr, begin=0):
+    """Places of a block (int64, because they are multiplied by widths), and which of them exist."""
+    at = begin + tile * BLOCK + tl.arange(0, BLOCK)
+    return at.to(tl.int64), at < n
+
+
+@triton.jit
+def load_tile(ptr, first, exists, second, width, stride):
+    """Rows `first`, columns `second` of a matrix of that width; 0 where there are none."""
+    mask = exists[:, None] & (second < width)[None, :]
+    return tl.load(ptr + (first * stride)[:, None] + second[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_d_z(d_y_ptr, y_ptr, row, inside, out, N_OUT: tl.constexpr, RELU: tl.constexpr):
+    """The gradient in front of the ReLU, [rows,outs]: d_y where y is above 0; both [B,out]."""
+    d_z = load_tile(d_y_ptr, row, inside, out, N_OUT, N_OUT)
+    if RELU:
+        d_z = tl.where(load_tile(y_ptr, row, inside, out, N_OUT, N_OUT) > 0, d_z, 0.0)
+    return d_z
+
+
+@triton.jit
+def linear_tile(
+    z, x_ptr, row, inside, weight_ptr, out, exists, n_in, x_stride,
+    N_IN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """z + x W^T of some rows and outputs, [rows,outs]. x has n_in features, of at most N_IN, and its rows lie x_stride
+    apart."""
+    for start in range(0, N_IN, BLOCK_DEPTH):
+        feature = start + tl.arange(0, BLOCK_DEPTH)
+        x = load_tile(x_ptr, row, inside, feature, n_in, x_stride)
+        weight = load_tile(weight_ptr, out, exists, feature, n_in, n_in)
+        z = rounded_product(x, tl.trans(weight), z, PRECISION)
+    return z
+
+
+@triton.jit
+def linear_tile_backward(
+    d_x, d_y_ptr, y_ptr, row, inside, weight_ptr, feature, n_in,
+    N_OUT: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """d_x + d_z W of some rows and input features, [rows,ins]; d_z from d_y and y as `load_d_z`."""
+    for start in range(0, N_OUT, BLOCK_DEPTH):
+        out = start + tl.arange(0, BLOCK_DEPTH)
+        d_z = load_d_z(d_y_ptr, y_ptr, row, inside, out, N_OUT, RELU)
+        weight = load_tile(weight_ptr, out, out < N_OUT, feature, n_in, n_in)
+        d_x = rounded_product(d_z, weight, d_x, PRECISION)
+    return d_x
 
 
 @triton.jit
