@@ -27,6 +27,7 @@ TRAIN = [
     "tqdm>=4.66",
     "tyro>=0.9",
 ]
+VIDEO = ["imageio-ffmpeg>=0.5"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 DEV = [
     "hypothesis>=6.100",
@@ -112,6 +113,6 @@ setup(
     cmdclass={"build_py": BuildPackage, "build_ext": BuildCpuLibrary, "bdist_wheel": Wheel},
     # The network and its operations need only these; everything that trains is in the extra.
     install_requires=["numpy>=1.26", "torch>=2.11"],
-    extras_require={"train": TRAIN, "docs": DOCS, "dev": TRAIN + DOCS + DEV},
+    extras_require={"train": TRAIN, "video": VIDEO, "docs": DOCS, "dev": TRAIN + VIDEO + DOCS + DEV},
     entry_points={"console_scripts": ["d2r = d2r_fast.cli:main"]},
 )

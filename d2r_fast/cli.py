@@ -17,6 +17,8 @@ USAGE = """usage: d2r COMMAND ...
   d2r routes RUN_OR_CHECKPOINT [--out DIR] [--episodes N]
                                                          which modules its episodes ran through, drawn for every task
   d2r report RUN ... [--out FILE]                        one HTML file of one or more runs: curves, routes, settings
+  d2r video RUN_OR_CHECKPOINT [--tasks TASKS] [--episodes N] [--out FILE]
+                                                         its episodes on the official environments, as mp4 or GIF
   d2r import ACTOR.pth [CRITIC.pth CRITIC.pth]           published checkpoints of D2R as a run directory
   d2r export RUN_OR_CHECKPOINT [--out PREFIX] [--published]
                                                          its policy as safetensors and JSON, or as published .pth
@@ -25,11 +27,11 @@ USAGE = """usage: d2r COMMAND ...
   d2r presets                                            the presets and what they are for
   d2r info                                               versions, devices, backends and networks
 
-d2r COMMAND --help lists every option of train (with a PRESET), eval, routes, report, import, export and fidelity.
+d2r COMMAND --help lists every option of a command that has some (of train with a PRESET).
 """
 
 # Modules of d2r_fast.commands, each with `run(args)`; only the one asked for is imported.
-COMMANDS = ("train", "eval", "routes", "report", "import", "export", "fidelity", "presets", "info")
+COMMANDS = ("train", "eval", "routes", "report", "video", "import", "export", "fidelity", "presets", "info")
 
 
 def main(argv: list[str] | None = None) -> int:
