@@ -399,7 +399,7 @@ def test_help():
     [
         (
             "trian",
-            "unknown command 'trian': expected train, eval, routes, report, import, export, fidelity, presets, info",
+            f"unknown command 'trian': expected {', '.join(COMMANDS)}",
         ),
         ("train", f"expected a preset ({PRESET_NAMES}), a config.json or --resume RUN first"),
         ("train --seed 1", "expected a preset"),
