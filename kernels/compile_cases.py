@@ -1,6 +1,7 @@
 """The kernels as they are launched at published sizes, the largest and the narrowest, for `compile_report`."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import triton
@@ -24,6 +25,7 @@ from d2r_fast.kernels.squashed_normal import (
     squashed_normal_fwd_kernel,
 )
 from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_kernel, weight_gradient_reduce_kernel
+from d2r_fast.kernels.whole_network import whole_launch, whole_network_bwd_kernel, whole_network_fwd_kernel
 from d2r_fast.ops.backends import PRECISIONS
 
 SIZES = ((16, 2, 128), (32, 4, 256))  # N, K, D: as published; and the largest that the tile sizes are chosen for
@@ -43,7 +45,7 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
             backward = walk_launch("routed_modules_bwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
             yield "routed_modules_fwd", size, precision, routed_modules_fwd_kernel, forward
             yield "routed_modules_bwd", size, precision, routed_modules_bwd_kernel, backward
-            launch = gradient_launch(precision, n, k, d, ROWS) | {"STEP": 2}
+            launch = gradient_launch(precision, n, k, d, ROWS) | {"STEP": 2, "member_ptr": None}
             yield "weight_gradient", size, precision, weight_gradient_kernel, launch
         shared = route_launch(n, k)
         unused: dict[str, dict[str, Any]] = {
@@ -60,7 +62,7 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
             backward = walk_launch("routed_modules_bwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
             yield "routed_modules_bwd", f"N{n}-K{k}-D{d}", precision, routed_modules_bwd_kernel, backward
     n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS)["SPLIT_ROWS"])
-    reduce = {"N_SPLITS": n_splits} | REDUCE_LAUNCH
+    reduce = {"N_SPLITS": n_splits, "member_ptr": None} | REDUCE_LAUNCH
     yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
     yield "row_order", "B1280", "float32", row_order_kernel, {"N_ROWS": ROWS} | ORDER_LAUNCH
     split = {"H": 400, "T": 10} | ELEMENTS_LAUNCH
@@ -74,8 +76,23 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         size, launch = f"N{n}-D{d}", sum_launch(n, d, orthogonal, 0.0)
         yield "expert_sum_fwd", size, "float32", expert_sum_fwd_kernel, launch
         yield "expert_sum_bwd", size, "float32", expert_sum_bwd_kernel, launch
+    yield from cases_of_whole_networks()
     yield from cases_of_linear_layers()
     yield from cases_of_the_update()
+
+
+def cases_of_whole_networks() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
+    """As `cases`: whole networks of the published sizes, as an update runs them first, when the actor acts and the
+    critics sample, and last, back from the actor's actions."""
+    cfg = SimpleNamespace(n_modules=16, top_k=2, module_width=128, base_width=400, route_widths=(256, 256))
+    cfg.n_logits, cfg.residual = 136, True
+    for cfg.precision in PRECISIONS:
+        forward = whole_launch(cfg, 10, N_OBS + N_ACTIONS, N_ACTIONS, backward=False)
+        flags: dict[str, Any] = {"RESROUTING": True, "TINY": 1.1754943508222875e-38}
+        yield "whole_network_fwd", "N16-K2-D128", cfg.precision, whole_network_fwd_kernel, forward | flags
+        backward = whole_launch(cfg, 10, N_OBS + N_ACTIONS, N_ACTIONS, backward=True)
+        flags = {"N_CRITICS": 2, "d_out_ptr": None}
+        yield "whole_network_bwd", "N16-K2-D128", cfg.precision, whole_network_bwd_kernel, backward | flags
 
 
 def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:

@@ -17,7 +17,7 @@ from d2r_fast.kernels.tiles import (
     place_of,
     rounded_product,
 )
-from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_reduce_kernel
+from d2r_fast.kernels.weight_gradient import sum_parts
 from d2r_fast.ops.backends import check_precision
 
 
@@ -243,7 +243,4 @@ def _gradient(d_y: Tensor, x: Tensor, y: Tensor, d_weight: Tensor, d_bias: Tenso
     parts = [d_weight, d_bias] if n_splits == 1 else [v.new_empty(n_splits, *v.shape) for v in (d_weight, d_bias)]
     ensemble_linear_gradient_kernel[n_tiles, n_splits, n_nets](d_y, x, y, *parts, n_rows, **launch)
     if n_splits > 1:
-        n_weights, n_biases, block = d_weight.numel(), d_bias.numel(), REDUCE_LAUNCH["BLOCK"]
-        weight_gradient_reduce_kernel[(triton.cdiv(n_weights, block) + triton.cdiv(n_biases, block),)](
-            *parts, d_weight, d_bias, n_weights, n_biases, N_SPLITS=n_splits, **REDUCE_LAUNCH
-        )
+        sum_parts(parts, d_weight, d_bias, None, n_nets, n_splits)

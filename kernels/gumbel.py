@@ -15,8 +15,13 @@ def gumbel_kernel(noise_ptr, n, TINY: tl.constexpr, BLOCK: tl.constexpr):
     """Grid (cdiv(n, BLOCK),); a program owns BLOCK numbers. Reads and writes each once: bandwidth-bound."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(noise_ptr + at, mask=at < n, other=0.5)
-    u = tl.where(u < TINY, TINY, u)
-    tl.store(noise_ptr + at, -tl.log(-tl.log(u)), mask=at < n)
+    tl.store(noise_ptr + at, gumbel_of(u, TINY), mask=at < n)
+
+
+@triton.jit
+def gumbel_of(u, TINY: tl.constexpr):
+    """Of uniform numbers; 0 counts as TINY, the smallest normal one."""
+    return -tl.log(-tl.log(tl.where(u < TINY, TINY, u)))
 
 
 def gumbel_(uniform: Tensor) -> None:

@@ -25,16 +25,13 @@ SORT_FROM_ROWS = 264 * 16
 
 
 @triton.jit
-def walk_forward(
-    h_ptr, opened_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, slot, row, inside, active, n_rows,
+def walk(
+    h_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, slot, row, inside, active, n_rows,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Modules 1..N-1 of a tile of rows; returns what the head reads, [rows,D].
-
-    h, opened [N,B,D], weight and bias are a network's, `slot` a row's first of route 1. Module 0's output is there, and
-    the program's threads know it.
-    """
+    """Run modules 1..N-1 of one network over a tile of rows, whose module 0 is in h [N,B,D] and awaited; returns what
+    the last route mixes, [rows,BLOCK_D]. Writes h and opened of active modules. slot: of route 1, by row."""
     col = tl.arange(0, BLOCK_D)
     in_width = (col < D)[None, :]
     for i in range(1, N):
@@ -94,9 +91,11 @@ def routed_modules_fwd_kernel(
     h0 = tl.load(h0_ptr + own_row, mask=inside[:, None] & in_width, other=0.0)
     tl.store(h_ptr + buffer + (row * D)[:, None] + col[None, :], h0, mask=inside[:, None] & in_width)
     tl.debug_barrier()
-    mixed = walk_forward(
-        h_ptr + buffer, None if opened_ptr is None else opened_ptr + buffer, weight_ptr, bias_ptr, index_ptr, gate_ptr,
-        slot, row, inside, active, n_rows, N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_ROWS, BLOCK_K,
+    if opened_ptr is not None:
+        opened_ptr += buffer
+    mixed = walk(
+        h_ptr + buffer, weight_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, slot, row, inside, active, n_rows,
+        N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_ROWS, BLOCK_K,
     )  # fmt: skip
     tl.store(mixed_ptr + own_row, mixed, mask=inside[:, None] & in_width)
 
@@ -135,14 +134,14 @@ def _push(
 
 
 @triton.jit
-def walk_backward(
-    d_x, h_ptr, opened_ptr, weight_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
+def walk_back(
+    d_x, h_ptr, weight_ptr, opened_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr,
     slot, row, inside, active, n_rows,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Modules N-1..1 of a tile of rows, from the gradient d_x [rows,D] of what the head reads; pointers as
-    `walk_forward`, the adjoints as h. Leaves module 0's adjoint with the others, behind a barrier."""
+    """From the gradient d_x [rows,BLOCK_D] at what the last route mixed, back through modules N-1..1 of one network:
+    writes both adjoints [N,B,D] of active modules, module 0 among them and awaited, and d_gate of active routes."""
     col = tl.arange(0, BLOCK_D)
     in_width = (col < D)[None, :]
     touched = _push(
@@ -164,7 +163,7 @@ def walk_backward(
                 if RESIDUAL:
                     tl.store(to_residual_ptr + at + col[None, :], tl.zeros_like(d_x), mask=mask)
                 tl.debug_barrier()
-            d_main = tl.zeros_like(d_x)
+            d_main = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
             for start in range(0, D, BLOCK_K):
                 feature = start + tl.arange(0, BLOCK_K)
                 part = wanted[:, None] & (feature < D)[None, :]
@@ -215,13 +214,14 @@ def routed_modules_bwd_kernel(
     own_row = ((net * n_rows + row) * D)[:, None] + col[None, :]
 
     d_x = tl.load(d_mixed_ptr + own_row, mask=inside[:, None] & in_width, other=0.0)
-    walk_backward(
-        d_x, h_ptr, opened_ptr, weight_ptr, to_relu_ptr + buffer, to_residual_ptr + buffer, index_ptr, gate_ptr,
-        flow_ptr, d_gate_ptr, slot, row, inside, active, n_rows, N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_K,
+    to_relu_ptr += buffer
+    if RESIDUAL:
+        to_residual_ptr += buffer
+    walk_back(
+        d_x, h_ptr, weight_ptr, opened_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr,
+        slot, row, inside, active, n_rows, N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_ROWS, BLOCK_K,
     )  # fmt: skip
-    to_relu = tl.load(
-        to_relu_ptr + buffer + (row * D)[:, None] + col[None, :], mask=inside[:, None] & in_width, other=0.0
-    )
+    to_relu = tl.load(to_relu_ptr + (row * D)[:, None] + col[None, :], mask=inside[:, None] & in_width, other=0.0)
     tl.store(d_h0_ptr + own_row, to_relu, mask=inside[:, None] & in_width)
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from d2r_fast.kernels.gumbel import gumbel_of
 from d2r_fast.kernels.settings import FUSED, check_dtype, packed
 from d2r_fast.kernels.tiles import sum_products
 
@@ -18,37 +19,39 @@ WARP_LOGITS = 256  # of the padded block, 8 a thread: at N=16 a row is one warp,
 
 
 @triton.jit
-def select_rows(
-    logits_ptr, row, inside, temperature_ptr, temperature_row, noise_ptr, noise_row, is_sampled,
-    given_ptr, given_row, is_given, index_ptr, gate_ptr, flow_ptr, active_ptr,
-    N: tl.constexpr, K: tl.constexpr, RESROUTING: tl.constexpr,
+def choose(
+    logits_ptr, temperature_ptr, noise_ptr, given_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr,
+    row, exists_row, own, choice_row, takes_noise, takes_given,
+    N: tl.constexpr, K: tl.constexpr, RESROUTING: tl.constexpr, TINY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """All routes of some rows [BLOCK_ROWS], which lie at `row` of the logits and of what is written.
+    """All routes of BLOCK_ROWS rows, and their active bits.
 
-    Rows where `is_sampled` add noise to their logits, rows where `is_given` take given sources, each from its row of
-    them; the rest is greedy.
-    Invariant: a pick is a source that exists and is not picked yet whatever the logits hold (a NaN counts as largest,
-    as in torch), so that whoever indexes by it stays inside memory. Given sources too: one that its route does not have
-    becomes source 0, and one given twice counts once in `active`. Such a route's gates are all NaN, so that it shows.
+    row is a row's number in logits and in what is written, own in the temperatures, choice_row in noise or given
+    sources, for the rows that take them. With TINY the noise is uniform yet, and Gumbel's is made of it.
     """
+    inside = exists_row[:, None, None]
     route = 1 + tl.arange(0, BLOCK_N)[None, :, None]  # [1,routes,1]
     source = tl.arange(0, BLOCK_N)[None, None, :]  # [1,1,sources]
     slot = tl.arange(0, BLOCK_SLOTS)[None, None, :]  # [1,1,slots]
-    exists = inside[:, None, None] & (route <= N)
+    exists = inside & (route <= N)
     used = exists & (slot < K) & (slot < route)
     logit = route * (route - 1) // 2 + source
     packed = (row * (N * (N + 1) // 2))[:, None, None] + logit
     slots = (row * (N * K))[:, None, None] + (route - 1) * K + slot
+    is_given = takes_given[:, None, None]
+    choice = choice_row[:, None, None]
 
     free = exists & (source < route)
     logits = tl.load(logits_ptr + packed, mask=free, other=0.0)
     score = logits
     if noise_ptr is not None:
         # logits / tau + noise in the order of logits + tau * noise: no division, so no overflow at a tiny tau.
-        tau = tl.load(temperature_ptr + temperature_row, mask=inside & is_sampled, other=1.0)
-        noise_at = (noise_row * (N * (N + 1) // 2))[:, None, None] + logit
-        noise = tl.load(noise_ptr + noise_at, mask=free & is_sampled[:, None, None], other=0.0)
+        tau = tl.load(temperature_ptr + own, mask=takes_noise, other=1.0)
+        noisy = free & takes_noise[:, None, None]
+        noise = tl.load(noise_ptr + choice * (N * (N + 1) // 2) + logit, mask=noisy, other=0.5)
+        if TINY is not None:
+            noise = gumbel_of(noise, TINY)
         score += tau[:, None, None] * noise
     score = tl.where(score == score, score, float("inf"))
     logits = tl.where(exists & (source >= route), -float("inf"), logits)
@@ -57,9 +60,8 @@ def select_rows(
 
     chosen = tl.zeros((BLOCK_ROWS, BLOCK_N, BLOCK_SLOTS), tl.int32)
     if given_ptr is not None:
-        keeps = is_given[:, None, None]
-        given_slot = (given_row * (N * K))[:, None, None] + (route - 1) * K + slot
-        given = tl.load(given_ptr + given_slot, mask=used & keeps, other=0)
+        given_slot = choice * (N * K) + (route - 1) * K + slot
+        given = tl.load(given_ptr + given_slot, mask=used & is_given, other=0)
         legal = (given >= 0) & (given < route)  # in its own type: 2^32 must not pass for 0
         chosen = tl.where(legal, given, 0).to(tl.int32)
         taken = tl.zeros((BLOCK_ROWS, BLOCK_N, 1), tl.int32)  # bits of the sources in slots before k
@@ -69,7 +71,7 @@ def select_rows(
         best = tl.max(tl.where(free, score, -float("inf")), 2)[:, :, None]
         pick = tl.min(tl.where(free & (score == best), source, BLOCK_N), 2)[:, :, None]
         if given_ptr is not None:
-            pick = tl.where(keeps, tl.sum(tl.where(slot == k, chosen, 0), 2)[:, :, None], pick)
+            pick = tl.where(is_given, tl.sum(tl.where(slot == k, chosen, 0), 2)[:, :, None], pick)
             bit = pick % BLOCK_N  # pick is BLOCK_N where no source is left, for a slot that is not used
             fresh = fresh & ((slot != k) | (((taken >> bit) & 1) == 0))
             taken |= tl.full(pick.shape, 1, tl.int32) << bit
@@ -96,7 +98,7 @@ def select_rows(
     for i in range(N - 1, 0, -1):
         picked = tl.sum(tl.where(of_route == i, bits, 0), 1)
         active |= tl.where(((active >> i) & 1) != 0, picked, 0)
-    tl.store(active_ptr + row, active, mask=inside)
+    tl.store(active_ptr + row, active, mask=exists_row)
 
 
 @triton.jit(do_not_specialize=["n_total", "n_rows", "n_chosen", "n_choosing"])
@@ -111,40 +113,40 @@ def select_routes_fwd_kernel(
     The first n_chosen rows of each of the first n_choosing networks take noise or given sources, which are
     [n_choosing,n_chosen,...]; the rest is greedy.
     Reads R logits a row (and R of noise, or N*K given sources), writes 9*N*K+4 bytes, each once: bandwidth-bound.
+    Invariant: a pick is a source that exists and is not picked yet whatever the logits hold (a NaN counts as largest,
+    as in torch), so that whoever indexes by it stays inside memory. Given sources too: one that its route does not have
+    becomes source 0, and one given twice counts once in `active`. Such a route's gates are all NaN, so that it shows.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     own = row % n_rows  # in its network
-    chooses = (own < n_chosen) & (row // n_rows < n_choosing)
-    chosen_row = (row // n_rows) * n_chosen + own
-    select_rows(
-        logits_ptr, row, row < n_total, temperature_ptr, own, noise_ptr, chosen_row, chooses,
-        given_ptr, chosen_row, chooses, index_ptr, gate_ptr, flow_ptr, active_ptr,
-        N, K, RESROUTING, BLOCK_N, BLOCK_SLOTS, BLOCK_ROWS,
+    chooses = (row < n_total) & (own < n_chosen) & (row // n_rows < n_choosing)
+    choose(
+        logits_ptr, temperature_ptr, noise_ptr, given_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr,
+        row, row < n_total, own, (row // n_rows) * n_chosen + own, chooses, chooses,
+        N, K, RESROUTING, None, BLOCK_N, BLOCK_SLOTS, BLOCK_ROWS,
     )  # fmt: skip
 
 
 @triton.jit
-def select_rows_backward(
-    d_gate_ptr, d_row, index_ptr, gate_ptr, active_ptr, row, inside, d_logits_ptr,
+def unchoose(
+    d_gate_ptr, index_ptr, gate_ptr, active_ptr, d_logits_ptr, row, own_row, exists_row,
     N: tl.constexpr, K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of some rows' logits, which like d_gate's lie at `d_row`, and what was chosen at `row`: that of a
-    softmax over the chosen, 0 elsewhere. With active: routes of modules that are not count as 0, whatever d_gate holds
-    there."""
+    """The gradient of all logits of BLOCK_ROWS rows. row is a row's number in the routes, own_row in both gradients."""
     route = 1 + tl.arange(0, BLOCK_N)[None, :, None]
     source = tl.arange(0, BLOCK_N)[None, None, :]
     slot = tl.arange(0, BLOCK_SLOTS)[None, None, :]
-    exists = inside[:, None, None] & (route <= N)
+    exists = exists_row[:, None, None] & (route <= N)
     used = exists & (slot < K) & (slot < route)
     slots = (row * (N * K))[:, None, None] + (route - 1) * K + slot
-    d_slots = (d_row * (N * K))[:, None, None] + (route - 1) * K + slot
     index = tl.load(index_ptr + slots, mask=used, other=-1)  # an unused slot is no source's
     gate = tl.load(gate_ptr + slots, mask=used, other=0.0)
     counts = used
     if active_ptr is not None:
-        active = tl.load(active_ptr + row, mask=inside, other=0)[:, None, None]
+        active = tl.load(active_ptr + row, mask=exists_row, other=0)[:, None, None]
         counts = used & ((route == N) | (((active >> route) & 1) != 0))
+    d_slots = (own_row * (N * K))[:, None, None] + (route - 1) * K + slot
     d_gate = tl.load(d_gate_ptr + d_slots, mask=counts, other=0.0)
     d_value = gate * (d_gate - sum_products(gate, d_gate, 2)[:, :, None])
 
@@ -152,7 +154,7 @@ def select_rows_backward(
     for k in tl.static_range(K):
         pick = tl.sum(tl.where(slot == k, index, 0), 2)[:, :, None]
         d_logits = tl.where(source == pick, tl.sum(tl.where(slot == k, d_value, 0.0), 2)[:, :, None], d_logits)
-    packed = (d_row * (N * (N + 1) // 2))[:, None, None] + route * (route - 1) // 2 + source
+    packed = (own_row * (N * (N + 1) // 2))[:, None, None] + route * (route - 1) // 2 + source
     tl.store(d_logits_ptr + packed, d_logits, mask=exists & (source < route))
 
 
@@ -162,11 +164,12 @@ def select_routes_bwd_kernel(
     N: tl.constexpr, K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(E*B, BLOCK_ROWS),); a program owns all logits of its rows. Reads 12*N*K bytes a row, writes R
-    gradients, each once: bandwidth-bound."""
+    """Grid (cdiv(E*B, BLOCK_ROWS),); a program owns all logits of its rows: the gradient of a softmax over the chosen,
+    0 elsewhere. Reads 12*N*K bytes a row, writes R gradients, each once: bandwidth-bound. With active: routes of
+    modules that are not count as 0, whatever d_gate holds there."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    select_rows_backward(
-        d_gate_ptr, row, index_ptr, gate_ptr, active_ptr, row, row < n_total, d_logits_ptr,
+    unchoose(
+        d_gate_ptr, index_ptr, gate_ptr, active_ptr, d_logits_ptr, row, row, row < n_total,
         N, K, BLOCK_N, BLOCK_SLOTS, BLOCK_ROWS,
     )  # fmt: skip
 
