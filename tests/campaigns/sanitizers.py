@@ -17,9 +17,11 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = [
-    f"tests/ops/test_{name}.py" for name in ("select_routes", "routed_modules", "ensemble_linear", "routed_network")
-]
+OPERATIONS = (
+    *("select_routes", "routed_modules", "ensemble_linear", "routed_network"),
+    *("layer_chain", "expert_sum", "module_levels", "task_linear"),
+)
+TESTS = [*(f"tests/ops/test_{name}.py" for name in OPERATIONS), "tests/learning/test_update.py"]
 # A report must end the process: what goes on after one is easily overlooked. Leaks are Python's and torch's.
 OPTIONS = {
     "address": ("ASAN_OPTIONS", "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1"),
