@@ -58,6 +58,7 @@ tests() {
     python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/kernels/test_update_kernels.py
   step test_linear_kernels 120 15 \
     python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/kernels/test_linear_kernels.py
+  step test_whole_kernels 60 15 python3 -m pytest -q -rf -p no:cacheprovider tests/kernels/test_whole_kernels.py
   for check in "reference float64" "reference float32" "triton float32"; do
     read -r backend dtype <<< "$check"
     for vectors in golden golden_baselines; do
