@@ -5,6 +5,7 @@ actions, targets}, for the second needs the actions that the first gives; two ba
 gradients of all weights at the end. `d2r_fast.learning.layered` does the same layer by layer.
 """
 
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ class Layout:
     """
 
     def __init__(self, agent: Agent, flat: FlatParameters, x: Tensor, sampled: bool):
-        from d2r_fast.kernels import whole_network as kernels  # late, for it needs Triton
+        kernels: Any = import_module("d2r_fast.kernels.whole_network")  # late, for it needs Triton
 
         self.members = members_of(agent)
         net, n_rows = self.members[TAKEN].net, x.shape[1]
