@@ -153,7 +153,8 @@ def as_one_step(batch: Batch, draws: Draws) -> tuple[ReplayRows, Tensor, one_ste
     return rows, batch.task.repeat(2), one_step.Draws(noise, draws.critic_choice, draws.actor_noise, draws.reset)
 
 
-def check_update(v: Vector) -> Iterator[Quantity]:
+def recorded_update(v: Vector) -> tuple[Agent, Batch, Draws, SacConfig]:
+    """The agent before the update, what it was given, and its settings."""
     m, cfg = v.meta, v.net_config()
     sac = SacConfig(
         gamma=m["discount"],
@@ -183,7 +184,16 @@ def check_update(v: Vector) -> Iterator[Quantity]:
         route=index_of(flat_rows(v["batch/gates_onehot"]), cfg.n_modules, cfg.top_k)[0],
     )
     draws = Draws(flat_rows(v["noise/obs"]), flat_rows(v["noise/next_obs"]), RouteChoice.given(onehot))
+    return agent, batch, draws, sac
 
+
+def recorded_norms(v: Vector) -> Tensor:
+    """[4] gradient norms of actor, critics and log alpha."""
+    return torch.stack([v[f"grad_norm/{name}"] for name in ("actor", "critic1", "critic2", "log_alpha")])
+
+
+def check_update(v: Vector) -> Iterator[Quantity]:
+    agent, batch, draws, sac = recorded_update(v)
     loss = losses(agent, batch, draws, sac)
     yield "task_loss", loss.total, v["task_loss"]
     agent.zero_grad()
@@ -200,7 +210,7 @@ def check_update(v: Vector) -> Iterator[Quantity]:
 
     by_calls = copy.deepcopy(agent)
     metrics = update(agent, make_optimiser(agent, sac), batch, draws, sac)
-    norms = torch.stack([v[f"grad_norm/{name}"] for name in ("actor", "critic1", "critic2", "log_alpha")])
+    norms = recorded_norms(v)
     named = [metrics[f"grad_norm/{name}"].reshape(-1) for name in ("actor", "critic", "alpha")]
     yield "grad_norm", torch.cat(named), norms
     yield from check_after(v, agent, "after/")

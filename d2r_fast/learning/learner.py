@@ -14,6 +14,7 @@ from d2r_fast.learning.captured import Captured
 from d2r_fast.learning.finite import first_not_finite
 from d2r_fast.learning.replay import Replay
 from d2r_fast.learning.saved_state import count, describe, field
+from d2r_fast.learning.shares import Shares
 from d2r_fast.learning.update import Update, draw
 from d2r_fast.nets.agent import N_CRITICS, Agent
 
@@ -38,19 +39,31 @@ def restore_generator(generator: torch.Generator, state: object) -> None:
 
 class Learner:
     """Owns what an update needs besides the agent, and the learner's random stream. The agent's parameters live in flat
-    buffers from then on. On the CPU the process then keeps what updates free."""
+    buffers from then on. On the CPU the process then keeps what updates free.
 
-    def __init__(self, agent: Agent, replay: Replay, cfg: RunConfig, seed: int):
+    shares: those that make the same updates; of the B rows that `cfg` asks for, `n_rows` are then drawn here.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        replay: Replay,
+        cfg: RunConfig,
+        seed: int,
+        shares: Shares | None = None,
+        n_rows: int | None = None,
+    ):
         if replay.device.type == "cpu":
             keep_freed_memory()
         self.agent, self._replay, self._cfg = agent, replay, cfg
-        self.update = Update(agent, cfg.sac)
+        self._shares, self._n_rows = shares, n_rows or cfg.batch_size
+        self.update = Update(agent, cfg.sac, shares)
         self.generator = torch.Generator(replay.device).manual_seed(seed)
         self.updates = 0
         # Written in place, for a captured update knows their addresses.
         like = self.update.flat.values
         self._sums = [like.new_zeros(len(LOSS_NAMES), agent.n_tasks), like.new_zeros(self.update.flat.n_networks)]
-        self._task = replay.tasks_of(cfg.batch_size).repeat(2)
+        self._task = replay.tasks_of(self._n_rows).repeat(2)
         self._summed = 0
         self._one_update = Captured(self._update, self.generator, "updates", cfg.cuda_graph)
         self._made = torch.cuda.Event() if replay.device.type == "cuda" else None  # of the last call of `run`
@@ -73,7 +86,7 @@ class Learner:
             self._made.synchronize()
 
     def _update(self) -> None:
-        rows = self._replay.sample_rows(self._cfg.batch_size, self.generator)
+        rows = self._replay.sample_rows(self._n_rows, self.generator)
         uniform = self.update.runs_whole(rows.x)
         draws = draw(self.agent, rows, self._task, self.generator, self._cfg.sac, uniform)
         torch._foreach_add_(self._sums, list(self.update.step(rows, self._task, draws)))
@@ -97,7 +110,10 @@ class Learner:
         summed = self._summed
         means: dict[str, list[float]] = {}
         if summed > 0:
-            losses, norms = ((total / summed).tolist() for total in self._sums)
+            averages = [total / summed for total in self._sums]
+            if self._shares is not None:
+                self._shares.average(averages[0])  # norms are the same everywhere
+            losses, norms = (total.tolist() for total in averages)
             means = dict(zip(LOSS_NAMES, losses, strict=True))
             means |= {
                 "grad_norm/actor": norms[:1],

@@ -18,6 +18,7 @@ from d2r_fast.learning.parameters import FlatParameters
 from d2r_fast.learning.passes import Network
 from d2r_fast.learning.sac import actor_choice, draw_reset, draw_route_noise, reset_extreme_tasks
 from d2r_fast.learning.saved_state import check_tensor, check_tensors, count, describe, field
+from d2r_fast.learning.shares import Shares
 from d2r_fast.learning.whole import Layout, WholeNetworks
 from d2r_fast.nets.agent import N_CRITICS, Agent
 from d2r_fast.nets.d2r import GREEDY, RouteChoice
@@ -78,6 +79,10 @@ class Metrics(NamedTuple):
 class Update:
     """Adam's state and the buffers of one agent, and the update that changes them in place.
 
+    shares: the others that make the same update of the same agent, each with its share of the batch's rows, as many of
+    every task. What all rows decide together is then averaged over all shares: which tasks are left out, and gradients
+    before they are clipped. What follows is the same everywhere, bit by bit.
+
     first, second  [n] Adam's moments, laid out as `flat.values`
     step_count     []  int64, steps made
     whole_networks a GPU runs whole D2R networks in a launch, instead of layer by layer; benches/GPU_TODO.md says what
@@ -86,8 +91,8 @@ class Update:
 
     whole_networks = False
 
-    def __init__(self, agent: Agent, cfg: SacConfig):
-        self.agent, self._cfg = agent, cfg
+    def __init__(self, agent: Agent, cfg: SacConfig, shares: Shares | None = None):
+        self.agent, self._cfg, self._shares = agent, cfg, shares
         self.flat = FlatParameters(agent)
         self.first, self.second = torch.zeros_like(self.flat.values), torch.zeros_like(self.flat.values)
         self.step_count = torch.zeros((), dtype=torch.int64, device=self.first.device)
@@ -123,6 +128,7 @@ class Update:
                 fill = self._fill_gradient_by_whole_networks
             losses = fill(rows, task, draws)
         if cfg.order == "joint" and cfg.clip_alpha:
+            self._average(flat.gradient)
             norms = optimiser_step(
                 *(flat.values, flat.gradient, self.first, self.second, flat.targets, self.step_count),
                 *(self.agent.log_alpha, self._route_temp, flat.segments, flat.targets_begin, self._learning_rates),
@@ -132,6 +138,8 @@ class Update:
             norms = self._end_of_turns()
         if cfg.reset_extreme:
             assert draws.reset is not None
+            if self._shares is not None:
+                self._shares.from_first(draws.reset)
             reset_extreme_tasks(self.agent, losses[3] > 0, draws.reset)
         return Metrics(losses, norms)
 
@@ -139,6 +147,7 @@ class Update:
         """The step of "actor", "critics" or "alpha", which are parts of the buffers, for itself."""
         cfg, flat, part = self._cfg, self.flat, self.flat.parts[name]
         own = slice(part.begin, part.end)
+        self._average(flat.gradient[own])
         targets = flat.targets if name == "critics" else flat.targets[:0]
         count = self.step_count.clone()  # which all parts share
         temperature = self._route_temp if name == "alpha" else torch.empty_like(self._route_temp)
@@ -176,11 +185,7 @@ class Update:
         value, target_q = self._critics.forward_beside(
             acted_and_now, task, draws.critic_choice, 2 * n, self._targets, rows.x[2]
         )
-        losses = sac_losses(
-            *(value.out[..., 0], target_q[..., 0], logp, rows.reward, rows.terminal, agent.log_alpha),
-            *(cfg.gamma, -float(agent.actor.action_size), cfg.loss_limit, cfg.task_weights, self._alpha_gradient),
-        )
-        loss = LossGradients(*losses)
+        loss = self._losses(value.out[..., 0], target_q[..., 0], logp, rows)
         d_now = value.backward(loss.d_q[..., None])  # [B,O+A]
         assert d_now is not None
         d_policy = squash_backward(d_now[:, n_obs:], loss.d_logp, policy.out[0, :n], draws.noise[:n], actions[:n])
@@ -188,6 +193,31 @@ class Update:
         if alpha_loss is not None:
             loss.losses[0] = alpha_loss
         return loss.losses
+
+    def _losses(self, q: Tensor, target_q: Tensor, logp: Tensor, rows: ReplayRows) -> LossGradients:
+        """`sac_losses`; a task is left out by its loss over the rows of all shares."""
+        agent, cfg = self.agent, self._cfg
+        together = self._shares is not None and cfg.loss_limit < math.inf
+        limit = math.inf if together else cfg.loss_limit
+        loss = LossGradients(
+            *sac_losses(
+                *(q, target_q, logp, rows.reward, rows.terminal, agent.log_alpha),
+                *(cfg.gamma, -float(agent.actor.action_size), limit, cfg.task_weights, self._alpha_gradient),
+            )
+        )
+        if together:
+            self._average(loss.losses)
+            kept = loss.losses[:3].sum(0) <= cfg.loss_limit  # [T]; a loss that is no number is not
+            loss.losses[3] = ~kept
+            of_row = kept.repeat_interleave(len(rows.reward) // len(kept))  # [B]
+            loss.d_q.masked_fill_(~of_row.repeat(2), 0)
+            loss.d_logp.masked_fill_(~of_row, 0)
+            self._alpha_gradient.masked_fill_(~kept, 0)
+        return loss
+
+    def _average(self, tensor: Tensor) -> None:
+        if self._shares is not None:
+            self._shares.average(tensor)
 
     def _actor_choice(self, rows: ReplayRows, task: Tensor, draws: Draws) -> RouteChoice:
         return actor_choice(self.agent, rows.route, draws.actor_noise, task[: len(rows.reward)], self._cfg)
@@ -203,7 +233,7 @@ class Update:
 
     def _fill_gradient_by_whole_networks(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Tensor:
         """`_fill_gradient` with two launches forward and two back for all networks, the policy's actions among them."""
-        agent, cfg, n = self.agent, self._cfg, len(rows.reward)
+        agent, n = self.agent, len(rows.reward)
         sizes = n, rows.x.stride(0), draws.critic_choice.index is None
         layout = self._layouts.get(sizes)
         if layout is None:
@@ -211,11 +241,7 @@ class Update:
         networks = WholeNetworks(layout, self.flat, rows.x, task[:n], draws.noise)
         logp = networks.act(rows.route, draws.critic_choice, draws.route_uniform, agent.route_temp)
         q, target_q = networks.judge()
-        losses = sac_losses(
-            *(q, target_q, logp, rows.reward, rows.terminal, agent.log_alpha),
-            *(cfg.gamma, -float(agent.actor.action_size), cfg.loss_limit, cfg.task_weights, self._alpha_gradient),
-        )
-        loss = LossGradients(*losses)
+        loss = self._losses(q, target_q, logp, rows)
         networks.go_back(loss.d_q, loss.d_logp)
         return loss.losses
 
@@ -224,6 +250,8 @@ class Update:
         if self._as_one is None:  # who hooks a layer later is not seen, as in `Network`
             networks = (self._actor, self._critics, self._targets)
             like_that = self._cfg.actor_routes == "replayed" and self._cfg.order == "joint"
+            # Shares talk about losses between the passes forward and back.
+            like_that &= self._shares is None or self._cfg.loss_limit == math.inf
             self._as_one = like_that and all(network.runs_as_one(x[0]) for network in networks)
         return self._as_one
 
