@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status: int = command.run(args[1:])
     except (ValueError, OSError, MemoryError, ImportError, FloatingPointError, WorkerError) as error:
-        print(f"d2r {args[0]}: {error}", file=sys.stderr)
+        # Notes say whose error it is, where several processes make one run.
+        print(": ".join([f"d2r {args[0]}", *getattr(error, "__notes__", []), str(error)]), file=sys.stderr)
         return 1
     return status

@@ -1,8 +1,10 @@
 """`d2r train`: a run from a preset or a config.json, or one that goes on, and what is told at its end."""
 
+import io
 import resource
 import sys
 import time
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from d2r_fast.presets import PRESETS, with_net
 from d2r_fast.training.checkpoint import checkpoint_files, find_checkpoint
 from d2r_fast.training.claim import Claim
 from d2r_fast.training.metrics import read_metrics
+from d2r_fast.training.ranks import Alone, join, launched_at, restarts
 from d2r_fast.training.saved_run import (
     RESUMABLE_FIELDS,
     begun_without_checkpoint,
@@ -27,6 +30,7 @@ from d2r_fast.training.saved_run import (
     notes_on_resume,
     read_saved_run,
 )
+from d2r_fast.training.saved_shares import ranks_of
 from d2r_fast.training.trainer import Trainer
 
 # What a run directory may hold that a start left behind which was killed before there was a run.
@@ -34,10 +38,28 @@ LEFT_BY_A_START = {"run_id", "config.json.tmp"}
 
 
 def run(args: list[str]) -> int:
-    """Train to the end or to a stop. ValueError, OSError: what was asked for cannot be had."""
+    """Train to the end or to a stop, perhaps as one of several ranks. ValueError, OSError: what was asked for cannot be
+    had."""
+    ranks = join()
+    try:
+        status = _to_the_end(_trainer(args, ranks), ranks)
+    except SystemExit:  # all of them, by options that nobody knows, or --help
+        ranks.close()
+        raise
+    except Exception as error:
+        if not ranks.failed(str(error)):
+            return 1
+        if ranks.count > 1:
+            error.add_note(str(ranks))
+        raise
+    ranks.close()
+    return status
+
+
+def _trainer(args: list[str], ranks: Alone) -> Trainer:
     wanted, args = take_option(args, "--resume")
     if wanted is not None:
-        return _to_the_end(_resume(Path(wanted), args))
+        return _resume(Path(wanted), args, ranks)
     if not args or args[0].startswith("-"):
         raise ValueError(f"expected a preset ({', '.join(PRESETS)}), a config.json or --resume RUN first")
     asked_dir, overrides = take_option(args[1:], "--run-dir")
@@ -45,47 +67,75 @@ def run(args: list[str]) -> int:
     default = load_config(args[0])
     if kind is not None:
         default = with_net(default, kind)
-    cfg = tyro.cli(RunConfig, prog=f"d2r train {args[0]}", default=default, args=overrides)
-    run_dir = Path(asked_dir or f"runs/{cfg.name}-seed{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if run_dir.exists() and (not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} - LEFT_BY_A_START):
+    cfg = _configured(f"d2r train {args[0]}", default, overrides, ranks)
+    begun = time.strftime("%Y%m%d-%H%M%S", time.localtime(launched_at()))
+    run_dir = ranks.from_first(Path(asked_dir or f"runs/{cfg.name}-seed{cfg.seed}-{begun}"))
+    if ranks.from_first(_is_taken(run_dir) if ranks.first else None):
+        if restarts() > 0:  # the launcher repeats the command that began it
+            return _resume(run_dir, [], ranks)
         raise FileExistsError(f"--run-dir: {run_dir} exists and is not empty; to go on from it: --resume {run_dir}")
-    return _to_the_end(Trainer(cfg, run_dir))
+    return Trainer(cfg, run_dir, ranks=ranks)
 
 
-def _resume(wanted: Path, args: list[str]) -> Trainer:
+def _configured(prog: str, default: RunConfig, overrides: list[str], ranks: Alone) -> RunConfig:
+    """The configuration with what the command line changes; where that is wrong, the first rank alone says so."""
+    said = nullcontext() if ranks.first else redirect_stdout(io.StringIO())
+    with said, nullcontext() if ranks.first else redirect_stderr(io.StringIO()):
+        return tyro.cli(RunConfig, prog=prog, default=default, args=overrides)
+
+
+def _is_taken(run_dir: Path) -> bool:
+    """Whether a directory holds more than a start left behind that was killed before there was a run."""
+    return run_dir.exists() and (not run_dir.is_dir() or bool({p.name for p in run_dir.iterdir()} - LEFT_BY_A_START))
+
+
+def _resume(wanted: Path, args: list[str], ranks: Alone) -> Trainer:
     """A run that goes on from a run directory's newest good checkpoint, or from the checkpoint file `wanted`."""
     run_dir = wanted.parent.parent if wanted.is_file() else wanted
     if wanted.is_file() and wanted not in checkpoint_files(run_dir):
         raise ValueError(f"--resume: expected a run directory or a checkpoint in one, got {wanted}")
-    never_saved = wanted == run_dir and begun_without_checkpoint(run_dir)
+    never_saved = ranks.from_first(wanted == run_dir and begun_without_checkpoint(run_dir))
     if not never_saved:
         find_checkpoint(wanted)  # no claim on a directory that is none of a run
-    claim = Claim(run_dir)
+    claim = Claim(run_dir) if ranks.first else None
     try:
+        state, notes = None, [f"{run_dir}: stopped before its first checkpoint; training begins again"]
         if never_saved:
-            saved, state = read_config(run_dir / "config.json"), None
-            notes = [f"{run_dir}: stopped before its first checkpoint; training begins again"]
+            saved = read_config(run_dir / "config.json")
         else:
-            found = read_saved_run(wanted)
+            found = read_saved_run(wanted, with_shares=True) if ranks.first else None
+            path = ranks.from_first(found and found.path)
+            found = found or read_saved_run(path)
             saved, state, notes = found.cfg, found.state, notes_on_resume(found, run_dir)
-        cfg = tyro.cli(RunConfig, prog=f"d2r train --resume {wanted}", default=saved, args=args)
+            if ranks_of(state) != ranks.count:
+                notes.append(
+                    f"{path}: saved by {ranks_of(state)} ranks, goes on with {ranks.count}: the replay is dealt anew, "
+                    "random numbers are others"
+                )
+        cfg = _configured(f"d2r train --resume {wanted}", saved, args, ranks)
         if (change := first_change(saved, cfg)) is not None:
             raise ValueError(
                 f"--resume: {change[0]} cannot change, the saved run has {change[1]}; a resumed run may change "
                 f"{', '.join(sorted(RESUMABLE_FIELDS))}"
             )
-        trainer = Trainer(cfg, run_dir, resume=state, claim=claim)
+        trainer = Trainer(cfg, run_dir, resume=state, claim=claim, ranks=ranks)
     except BaseException:
-        claim.release()
+        if claim is not None:
+            claim.release()
         raise
-    for note in notes:
+    for note in notes if ranks.first else []:
         tqdm.write(f"d2r train: {note}", file=sys.stderr)  # the bar is there already
     return trainer
 
 
-def _to_the_end(trainer: Trainer) -> int:
+def _to_the_end(trainer: Trainer, ranks: Alone) -> int:
+    if not ranks.first:
+        trainer.run()
+        return 0
     cfg, run_dir = trainer.cfg, trainer.run_dir
     print(f"run        {run_dir}")
+    if ranks.count > 1:
+        print(f"ranks      {ranks.count}, which share environments, replay and the rows of an update")
     print(f"device     {trainer.device} ({torch.get_num_threads()} threads), torch {torch.__version__}")
     env = cfg.env
     print(f"tasks      {', '.join(trainer.tasks)}; {env.envs_per_task} environments each")

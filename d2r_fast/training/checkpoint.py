@@ -32,6 +32,11 @@ def checkpoint_files(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-*.pt"))
 
 
+def share_files(run_dir: Path) -> list[Path]:
+    """What ranks have saved beside the checkpoints (`saved_shares.py`)."""
+    return sorted((run_dir / "checkpoints").glob("share-*.pt"))
+
+
 def checkpoint_path(run_dir: Path, steps: int) -> Path:
     """Where the checkpoint after `steps` steps a task lies."""
     return run_dir / "checkpoints" / f"step-{steps:010d}.pt"
@@ -46,6 +51,15 @@ def save_checkpoint(run_dir: Path, steps: int, state: dict[str, Any]) -> Path:
     """
     path = checkpoint_path(run_dir, steps)
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(path, state)
+    for old in checkpoint_files(run_dir)[:-KEPT] + list(path.parent.glob("*.tmp")):
+        old.unlink()
+    return path
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` as the file `path`, for `load_checkpoint`. OSError: it could not be written, and `path` is as it
+    was."""
     with whole_file(path) as file:
         summed = _Summed(file)
         try:
@@ -55,9 +69,6 @@ def save_checkpoint(run_dir: Path, steps: int, state: dict[str, Any]) -> Path:
                 raise summed.failure from None
             raise
         file.write(_END.pack(_MARK, summed.length, summed.digest()))
-    for old in checkpoint_files(run_dir)[:-KEPT] + list(path.parent.glob("*.tmp")):
-        old.unlink()
-    return path
 
 
 class _Summed:
@@ -88,9 +99,11 @@ class _Summed:
 def set_aside_later(run_dir: Path, steps: int) -> list[Path]:
     """Rename checkpoints of more than `steps` steps a task to *.discarded: a run that goes on from there makes its own.
 
-    Otherwise they would count as its newest. Returns what they are called; an earlier file of that name is replaced.
+    Otherwise they would count as its newest. Their ranks' shares go with them. Returns what they are called; an earlier
+    file of that name is replaced.
     """
     later = [path for path in checkpoint_files(run_dir) if path > checkpoint_path(run_dir, steps)]
+    later += [path for path in share_files(run_dir) if path > run_dir / "checkpoints" / f"share-{steps:010d}.pt"]
     aside = [path.replace(discarded(path)) for path in later]
     if later:
         sync_directory(later[0].parent)

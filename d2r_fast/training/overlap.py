@@ -8,6 +8,7 @@ learner about a third of its updates while a chunk is being collected, which is 
 needs no second CUDA context and no shared parameters, and what goes wrong in it is raised where it is waited for.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -41,24 +42,35 @@ class ChunkFeed:
             # collector is idle most of the time, and a core kept free for it measured far slower.
             self._thread = ThreadPoolExecutor(1, "collector", torch.set_num_threads, (1,))
 
-    def take(self, another: bool) -> Chunk | None:
+    def take(self, another: bool, all_have: Callable[[bool], bool] = bool) -> Chunk | None:
         """The next chunk, waiting for it if need be; None after `stop`, which leaves it unfinished.
 
         another: begin the one after it, with the agent's parameters as they are now.
+        all_have: asked once, with whether there is a chunk, also where collecting failed; if it says False, the chunk
+        is dropped as one that a stop left unfinished, since others who step their share of it have none.
         Whatever went wrong in collecting is raised here.
         """
-        if self._thread is None:
-            self._prepare()
-            chunk = self._collector.collect(self._n_steps, self._is_stopped)
-        else:
-            if self._under_way is None:
-                self._begin(self._thread)
-            assert self._under_way is not None
-            chunk, self._under_way = self._under_way.result(), None
+        try:
+            chunk = self._next()
+        except BaseException:
+            all_have(False)
+            raise
+        if not all_have(chunk is not None):
+            chunk = None
         if chunk is not None:
             self._noise_before = None
             if another and self._thread is not None:
                 self._begin(self._thread)
+        return chunk
+
+    def _next(self) -> Chunk | None:
+        if self._thread is None:
+            self._prepare()
+            return self._collector.collect(self._n_steps, self._is_stopped)
+        if self._under_way is None:
+            self._begin(self._thread)
+        assert self._under_way is not None
+        chunk, self._under_way = self._under_way.result(), None
         return chunk
 
     def _prepare(self) -> None:

@@ -19,9 +19,11 @@ from d2r_fast.training.checkpoint import (
     load_checkpoint,
     located,
     set_aside_later,
+    share_files,
 )
 from d2r_fast.training.claim import FILE, Claim, read_run_id
 from d2r_fast.training.metrics import MetricsLog
+from d2r_fast.training.saved_shares import load_share, ranks_of
 
 # What a resumed run may change: nothing that the saved state was made with.
 RESUMABLE_FIELDS = {"total_steps", "device", "overlap", "eval", "checkpoint_every_chunks", "checkpoint_replay"}
@@ -37,9 +39,10 @@ class SavedRun(NamedTuple):
     passed_over: dict[Path, DamagedCheckpoint]  # newer files in the run directory
 
 
-def read_saved_run(wanted: Path) -> SavedRun:
+def read_saved_run(wanted: Path, with_shares: bool = False) -> SavedRun:
     """The checkpoint `wanted`, or the newest good one of the run directory `wanted`. Only reads.
 
+    with_shares: good is one only with what each of several ranks saved of it.
     FileNotFoundError: there is none. DamagedCheckpoint: it is damaged, or in a directory all are; the message names one
     beside it that is good. ValueError: it is of another format, or of another run than the directory is. OSError.
     """
@@ -47,21 +50,25 @@ def read_saved_run(wanted: Path) -> SavedRun:
     if wanted.is_dir() and (files := checkpoint_files(wanted)):
         for path in reversed(files):
             try:
-                return _checked(path, wanted, load_checkpoint(path), passed_over)
+                return _checked(path, wanted, load_checkpoint(path), passed_over, with_shares)
             except DamagedCheckpoint as error:
                 passed_over[path] = error
         raise DamagedCheckpoint(f"{passed_over[files[-1]]}; so are all {len(files) - 1} others beside it")
     path = find_checkpoint(wanted)
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
     try:
-        return _checked(path, run_dir, load_checkpoint(path), passed_over)
+        return _checked(path, run_dir, load_checkpoint(path), passed_over, with_shares)
     except DamagedCheckpoint as error:
         good = _newest_good(run_dir, path) if run_dir is not None else None
         raise DamagedCheckpoint(f"{error}; the newest good one beside it is {good}" if good else str(error)) from error
 
 
 def _checked(
-    path: Path, run_dir: Path | None, state: dict[str, Any], passed_over: dict[Path, DamagedCheckpoint]
+    path: Path,
+    run_dir: Path | None,
+    state: dict[str, Any],
+    passed_over: dict[Path, DamagedCheckpoint],
+    with_shares: bool,
 ) -> SavedRun:
     with located(path):
         steps, cfg = count(state, "steps"), config_from_json(field(state, "config", str), "config")
@@ -69,6 +76,9 @@ def _checked(
             if path != checkpoint_path(run_dir, steps) and path in checkpoint_files(run_dir):
                 raise ValueError(f"steps: expected those that the file is named after, got {steps}")
             check_same_run(run_dir, state, cfg)
+    if run_dir is not None and with_shares:
+        for rank in range(1, ranks_of(state)):
+            load_share(run_dir, state, rank)
     return SavedRun(path, run_dir, state, cfg, passed_over)
 
 
@@ -159,8 +169,10 @@ def first_change(saved: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | N
 
 def begun_without_checkpoint(run_dir: Path) -> bool:
     """Whether a run began in a directory and stopped before it saved anything, so that it can only begin again."""
+    unfinished = {path.name for path in share_files(run_dir)}  # shares of a checkpoint that never came to be
     saved = (path for path in (run_dir / "checkpoints").glob("*") if path.suffix != ".tmp")
-    return (run_dir / FILE).is_file() and (run_dir / "config.json").is_file() and not any(saved)
+    nothing = all(path.name in unfinished for path in saved)
+    return (run_dir / FILE).is_file() and (run_dir / "config.json").is_file() and nothing
 
 
 def notes_on_resume(saved: SavedRun, run_dir: Path) -> list[str]:

@@ -3,10 +3,11 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,17 +25,51 @@ from d2r_fast.training.agents import choose_device, load_agent, make_agent, requ
 from d2r_fast.training.checkpoint import checkpoint_files, checkpoint_path, located, save_checkpoint
 from d2r_fast.training.claim import Claim
 from d2r_fast.training.collector import Chunk, Collector
-from d2r_fast.training.metrics import check_metrics
+from d2r_fast.training.metrics import MetricsLog, check_metrics
 from d2r_fast.training.overlap import ChunkFeed
 from d2r_fast.training.progress import Progress, Waits
+from d2r_fast.training.ranks import Alone, Share
 from d2r_fast.training.saved_run import check_state, open_run
+from d2r_fast.training.saved_shares import load_replay, load_share, ranks_of, remove_old_shares, save_share
 
 # The progress bar moves once in this many updates, and a stop waits for as many at most, on a GPU for twice as many.
 UPDATES_AT_ONCE = 10
+# Seconds: Ctrl-C reaches ranks from the terminal, and from the launcher, which passes it on.
+PASSED_ON_WITHIN = 5.0
+
+
+class Collected(NamedTuple):
+    """What a chunk told of a rank's environments, as `Chunk` has it."""
+
+    success: list[list[float]]
+    episode_return: list[list[float]]
+    active_modules: list[float] | None
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> "Collected":
+        active = chunk.active_modules
+        return cls(chunk.success, chunk.episode_return, None if active is None else active.tolist())
+
+
+def _collected(ranks: list[Collected]) -> dict[str, list[float] | list[int]]:
+    """A chunk's part of its log record, from what all ranks collected of it."""
+    success, returns = (
+        [[value for rank in of_ranks for value in rank] for of_ranks in zip(*every, strict=True)]  # by task
+        for every in ([one.success for one in ranks], [one.episode_return for one in ranks])
+    )
+    record: dict[str, list[float] | list[int]] = {"episodes": [len(s) for s in success]}
+    active = [one.active_modules for one in ranks if one.active_modules is not None]
+    if active:
+        record["active_modules"] = np.mean(active, 0).tolist()
+    if all(success):  # every task had an episode end in this chunk
+        record["success"] = [float(np.mean(s)) for s in success]
+        record["scaled_return"] = [float(np.mean(r)) for r in returns]
+    return record
 
 
 class Trainer:
     """One run in one directory, in which no other process trains. Steps are counted per task, the warm-up's included.
+    Several processes that make one run have a trainer each; steps are then those of all of them.
 
     Counters alone say what comes next: updates owed for steps taken, the end of a chunk, or another chunk. So a run
     can stop between any two updates and go on from there. Steps count when their chunk is added to the replay, between
@@ -48,15 +83,20 @@ class Trainer:
         resume: dict[str, Any] | None = None,
         show_progress: bool = True,
         claim: Claim | None = None,
+        ranks: Alone | None = None,
     ):
         """resume: what `load_checkpoint` gave, for `run_dir` to go on from; without it the run begins there.
         claim: on `run_dir`, where the caller has one already; released by `close`.
+        ranks: the processes that make this run together; all are given the same of all else, but for the claim, which
+        is the first's, as is all that stands in `run_dir` except the shares of checkpoints.
 
         Whatever is wrong with the configuration, the device, the memory or what is to be resumed is raised before
         anything is written: ValueError, MemoryError, or BlockingIOError where another process trains in `run_dir`.
         What lies there that the run does not go on from is kept as *.discarded*.
         """
         self.cfg, self.run_dir, self.tasks = cfg, run_dir, cfg.task_names
+        self._ranks = ranks or Alone()
+        self._share = Share(cfg, self._ranks.count)
         self.device = choose_device(cfg.device)
         cfg.net.check_runs_on(self.device)
         if cfg.deterministic:
@@ -67,14 +107,16 @@ class Trainer:
         self.agent = make_agent(cfg, self.device)
         self.replay = Replay(
             len(self.tasks),
-            cfg.replay_capacity,
+            self._share.replay_capacity,
             MultiTaskEnvs.obs_size,
             MultiTaskEnvs.action_size,
             cfg.net.route_shape,
             self.device,
         )
-        self.learner = Learner(self.agent, self.replay, cfg, seeds.stream_seed(cfg.seed, seeds.LEARNER))
-        self._acting_generator = torch.Generator(self.device).manual_seed(seeds.stream_seed(cfg.seed, seeds.ACTING))
+        self.learner = Learner(
+            self.agent, self.replay, cfg, self._seed(seeds.LEARNER), self._ranks.shares, self._share.batch_size
+        )
+        self._acting_generator = torch.Generator(self.device).manual_seed(self._seed(seeds.ACTING))
         self.steps = 0
         self._chunks_ended = 0
         self._evaluations = 0
@@ -95,14 +137,19 @@ class Trainer:
         self._feed = ChunkFeed(
             self._collector, cfg.chunk_steps // cfg.env.envs_per_task, cfg.overlap and not cfg.deterministic
         )
+        self._opened: tuple[Claim, MetricsLog] | None = None  # the first rank's
         try:
-            self._claim, self._log = open_run(run_dir, cfg, resume, claim)
+            if self._ranks.first:
+                self._opened = open_run(run_dir, cfg, resume, claim)
+            self._run_id = self._ranks.from_first(self._opened[0].id if self._opened else None)
         except BaseException:
             self._feed.close()
             raise
         total_updates = int(cfg.total_steps * Fraction(str(cfg.updates_per_step)))
-        self._progress = Progress(self.tasks, total_updates, self.learner.updates, show_progress)
+        self._progress = Progress(self.tasks, total_updates, self.learner.updates, show_progress and self._ranks.first)
         self._stop_requested = False
+        self._asked_at = 0.0
+        self._failure: WorkerError | None = None
 
     @property
     def finished(self) -> bool:
@@ -118,7 +165,8 @@ class Trainer:
         return self._progress.waits if self._progress.waits.wall > 0 else None
 
     def run(self) -> bool:
-        """Train to the end, or until SIGINT or SIGTERM; saves either way. Returns whether the run is finished.
+        """Train to the end, or until SIGINT or SIGTERM; saves either way. Returns whether the run is finished. Ranks
+        stop together, when one of them is asked to or has a WorkerError, which they then all raise.
 
         WorkerError: a process that simulates failed; what there was before is saved. OSError: a file could not be
         written; the run can go on from its last checkpoint. FloatingPointError: something that the run holds, or was
@@ -127,16 +175,15 @@ class Trainer:
         """
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            try:
-                if self.replay.size == 0 and self.steps > 0:
-                    self._refill_replay()
-                self._evaluate_if_due()  # a worker may have failed in it
-                while not self._stop_requested and not self.finished:
-                    self.advance()
-            except WorkerError as error:
-                self._save()
-                raise WorkerError(f"{error}; saved, to go on: d2r train --resume {self.run_dir}") from error
+            if self._ranks.any(self.replay.size == 0 and self.steps > 0):
+                self._attempt(self._refill_replay)
+            self._attempt(self._evaluate_if_due)  # a worker may have failed in it
+            while not (self.finished or self._ranks.any(self._stop_requested or self._failure is not None)):
+                self._attempt(self.advance)
             self._save()
+            failures = self._ranks.gather(self._failure and str(self._failure))
+            if (failure := next(filter(None, failures), None)) is not None:
+                raise WorkerError(f"{failure}; saved, to go on: d2r train --resume {self.run_dir}") from self._failure
         except FloatingPointError as error:
             saved = checkpoint_files(self.run_dir)
             kept = f"{saved[-1]} was saved before it" if saved else "no checkpoint was saved before it"
@@ -146,6 +193,13 @@ class Trainer:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return self.finished
+
+    def _attempt(self, step: Callable[[], None]) -> None:
+        """A step of the run. A worker that failed in it is told of once all ranks have stopped, and saved."""
+        try:
+            step()
+        except WorkerError as error:
+            self._failure = error
 
     def advance(self) -> None:
         """Do what the counters say comes next: a few updates, or the end of a chunk, or another chunk."""
@@ -172,15 +226,22 @@ class Trainer:
         `run` does it, however it ends.
         """
         with ExitStack() as closing:  # does all of it, even if something fails
-            for part in (self._claim.release, self._log.close, self._progress.close, self._feed.close):
-                closing.callback(part)
+            if self._opened is not None:
+                for part in self._opened:
+                    closing.callback(part.release if isinstance(part, Claim) else part.close)
+            closing.callback(self._progress.close)
+            closing.callback(self._feed.close)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self._stop_requested:
+        now = time.monotonic()
+        if self._stop_requested and (self._ranks.count == 1 or now - self._asked_at > PASSED_ON_WITHIN):
             raise KeyboardInterrupt  # asked twice: at once, without saving
-        self._stop_requested = True
+        if self._stop_requested:
+            return
+        self._stop_requested, self._asked_at = True, now
         self._feed.stop()
-        self._progress.write(f"{signal.Signals(number).name}: saving and leaving (again: leave at once, unsaved)")
+        if self._ranks.first:
+            self._progress.write(f"{signal.Signals(number).name}: saving and leaving (again: leave at once, unsaved)")
 
     def _updates_owed(self) -> int:
         """Updates that the steps so far have paid for and that are not made."""
@@ -188,17 +249,20 @@ class Trainer:
         paid = int((self.steps - self.cfg.warmup_steps) * Fraction(str(self.cfg.updates_per_step)))
         return max(0, paid - self.learner.updates)
 
+    def _seed(self, stream: int, epoch: int = 0) -> int:
+        return seeds.stream_seed(self.cfg.seed, stream, epoch, self._ranks.rank)
+
     def _make_envs(self) -> MultiTaskEnvs:
         env = self.cfg.env
-        seed = seeds.stream_seed(self.cfg.seed, seeds.TRAIN_ENVS, self._env_epoch)
+        seed = self._seed(seeds.TRAIN_ENVS, self._env_epoch)
         return make_envs(
-            self.tasks, env.envs_per_task, env.episode_length, seed, env.reward_scale, env.engine, env.goals
+            self.tasks, self._share.envs_per_task, env.episode_length, seed, env.reward_scale, env.engine, env.goals
         )
 
     def _add_chunk(self, another: bool, counts: bool) -> Chunk | None:
-        """Move a chunk from the feed to the replay; None if a stop came first."""
+        """Move a chunk from the feed to the replay; None if a stop came first, to this rank or another."""
         begin = time.perf_counter()
-        chunk = self._feed.take(another)
+        chunk = self._feed.take(another, lambda have: not self._ranks.any(not have))
         if chunk is not None:
             self._progress.chunk_taken(time.perf_counter() - begin, chunk.seconds, counts)
             self.replay.add(chunk.staging.rows_on(self.device))
@@ -212,12 +276,7 @@ class Trainer:
             return
         self.steps += self.cfg.chunk_steps
         self._progress.steps_taken(self.cfg.chunk_steps * len(self.tasks))
-        self._collected = {"episodes": [len(s) for s in chunk.success]}
-        if chunk.active_modules is not None:
-            self._collected["active_modules"] = chunk.active_modules.tolist()
-        if all(chunk.success):  # every task had an episode end in this chunk
-            self._collected["success"] = [float(np.mean(s)) for s in chunk.success]
-            self._collected["scaled_return"] = [float(np.mean(r)) for r in chunk.episode_return]
+        self._collected = _collected(self._ranks.gather(Collected.of(chunk)))
 
     def _refill_replay(self) -> None:
         """After a resume without a saved replay: another warm-up, whose steps do not count."""
@@ -229,7 +288,7 @@ class Trainer:
         self._chunks_ended += 1
         counts = {"steps": self.steps, "updates": self.learner.updates}
         record = {"kind": "train", **counts, **self._collected, **self.learner.take_metrics()}
-        self._log.write({**record, "time": self._progress.times()})
+        self._write(record)
         self._evaluation_due = self._chunks_ended % self.cfg.eval.every_chunks == 0 or self.finished
         self._evaluate_if_due()
         if self._chunks_ended % self.cfg.checkpoint_every_chunks == 0:
@@ -242,23 +301,43 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         if not self._evaluation_due:
             return
+        failure: WorkerError | None = None
+        if self._ranks.first:
+            try:
+                self._evaluate()
+            except WorkerError as error:
+                failure = error
+        if self._ranks.any(failure is not None):  # then none goes on as if there had been an evaluation
+            raise failure or WorkerError("the evaluation, which the first rank makes, failed")
+        self._evaluations += 1
+        self._evaluation_due = False
+
+    def _evaluate(self) -> None:
         with self._progress.phase("evaluate"):
             seed = seeds.stream_seed(self.cfg.seed, seeds.EVAL_ENVS, self._evaluations)
             env = self.cfg.env
             result = evaluate(self.agent, self.tasks, env.episode_length, self.cfg.eval, seed, env.engine, env.goals)
-        self._evaluations += 1
-        self._evaluation_due = False
         counts = {"steps": self.steps, "updates": self.learner.updates}
         record = {"kind": "eval", **counts, "mean_success": result.mean_success, **result._asdict()}
-        self._log.write({**record, "time": self._progress.times()})
+        self._write(record)
         self._progress.evaluated(result.success)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._opened is not None:
+            self._opened[1].write({**record, "time": self._progress.times()})
 
     def _save(self) -> None:
         self._require_finite()
         if self._saved_at == (self.steps, self.learner.updates):
             return
         with self._progress.phase("save"):
-            save_checkpoint(self.run_dir, self.steps, self._state())
+            state = self._state()
+            if not self._ranks.first:
+                save_share(self.run_dir, state, self._ranks.rank)
+            self._ranks.any(False)  # all shares are on the disk
+            if self._ranks.first:
+                save_checkpoint(self.run_dir, self.steps, state)
+                remove_old_shares(self.run_dir, state, checkpoint_files(self.run_dir))
         self._saved_at = (self.steps, self.learner.updates)
 
     def _require_finite(self) -> None:
@@ -280,21 +359,35 @@ class Trainer:
             "env_epoch": self._env_epoch + 1,
             "evaluation_due": self._evaluation_due,
             "collected": self._collected,
-            "run_id": self._claim.id,
-            **self._log.state_dict(),
+            "run_id": self._run_id,
+            "ranks": self._ranks.count,
+            **(self._opened[1].state_dict() if self._opened else {}),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
         """ValueError, naming the file: something in it is missing, of another type or size, or of another run."""
+        rank, n_ranks = self._ranks.rank, self._ranks.count
         with located(checkpoint_path(self.run_dir, count(state, "steps"))):
             check_state(self.run_dir, state, self.cfg)
             load_agent(self.agent, state)
             self.learner.load_state_dict(field(state, "learner", dict))
             if state["replay"] is not None:
-                self.replay.load_state_dict(state["replay"])
-            restore_generator(self._acting_generator, state.get("acting_generator"))
+                load_replay(self.replay, self.run_dir, state, rank, n_ranks)
+            if rank == 0:
+                restore_generator(self._acting_generator, state.get("acting_generator"))
+            elif ranks_of(state) == n_ranks:
+                share = load_share(self.run_dir, state, rank)
+                restore_generator(self._acting_generator, share.get("acting_generator"))
+                restore_generator(self.learner.generator, share.get("generator"))
+            else:  # another number of ranks draws other numbers; the saved streams are not a rank's own
+                for stream, generator in (
+                    (seeds.ACTING, self._acting_generator),
+                    (seeds.LEARNER, self.learner.generator),
+                ):
+                    generator.manual_seed(self._seed(stream, state["env_epoch"]))
             require_finite({**self.learner.tensors(), **self.replay.tensors()})
-        check_metrics(self.run_dir, len(self.tasks), state["metrics_length"], state.get("metrics_sha256"))
+        if self._ranks.first:
+            check_metrics(self.run_dir, len(self.tasks), state["metrics_length"], state.get("metrics_sha256"))
         self.steps, self._chunks_ended = state["steps"], state["chunks_ended"]
         self._evaluations, self._env_epoch = state["evaluations"], state["env_epoch"]
         self._evaluation_due = state.get("evaluation_due", False)
