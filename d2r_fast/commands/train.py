@@ -22,7 +22,7 @@ from d2r_fast.presets import PRESETS, with_net
 from d2r_fast.training.checkpoint import checkpoint_files, find_checkpoint
 from d2r_fast.training.claim import Claim
 from d2r_fast.training.metrics import read_metrics
-from d2r_fast.training.ranks import Alone, join, launched_at, restarts
+from d2r_fast.training.ranks import Alone, join, launched_at
 from d2r_fast.training.saved_run import (
     RESUMABLE_FIELDS,
     begun_without_checkpoint,
@@ -32,6 +32,7 @@ from d2r_fast.training.saved_run import (
 )
 from d2r_fast.training.saved_shares import ranks_of
 from d2r_fast.training.trainer import Trainer
+from d2r_fast.training.watch import restarts
 
 # What a run directory may hold that a start left behind which was killed before there was a run.
 LEFT_BY_A_START = {"run_id", "config.json.tmp"}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from d2r_fast.config import RunConfig
 from d2r_fast.learning.shares import Shares
-from d2r_fast.training.watch import Watch
+from d2r_fast.training.watch import Watch, meeting_place
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ class Ranks(Alone):
     def __init__(self, rank: int, count: int):
         self.rank, self.count, self.first = rank, count, rank == 0
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, store=meeting_place(rank), rank=rank, world_size=count, timeout=PATIENCE)
         self._watch = Watch(rank, count)
         self.shares = _Shares(self)
 
@@ -148,11 +148,6 @@ def join() -> Alone:
             raise ValueError(f"LOCAL_RANK: expected one rank a GPU, {torch.cuda.device_count()} here, got {here}")
         torch.cuda.set_device(here)
     return Ranks(int(variables["RANK"] or 0), int(variables["WORLD_SIZE"] or 1))
-
-
-def restarts() -> int:
-    """How often the launcher has started all ranks anew (`torchrun --max-restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def launched_at() -> float:

@@ -12,9 +12,32 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 CONSEQUENCE = "all ranks end here, the last checkpoint is whole (d2r train --resume goes on from it)"
+MEETING = timedelta(minutes=5)  # between the first rank that is there and the last
 TICK = 1.0  # seconds between two signs of life
 LOST_AFTER = 15  # ticks of one's own without a sign of another's: a machine that slept slept for both
 SURELY_LOST_AFTER = 4  # where a connection has broken as well
+
+
+def restarts() -> int:
+    """How often the launcher has started all ranks anew (`torchrun --max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launcher_keeps_store() -> bool:
+    """Whether the store of what ranks know of each other lives in the launcher; without one, in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def meeting_place(rank: int | None = None) -> dist.Store:
+    """A connection of its own to the store in which ranks meet. rank: of who may be the one that keeps it.
+
+    The launcher's still knows what ranks said before they were started anew. They must not meet those again: some of
+    them would wait at addresses that nobody listens at any more.
+    """
+    keep = rank == 0 and not launcher_keeps_store()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=keep, timeout=MEETING)
+    return dist.PrefixStore(f"d2r/{restarts()}", store)
 
 
 class Watch:
@@ -27,17 +50,13 @@ class Watch:
 
     def __init__(self, rank: int, count: int):
         self._rank, self._count = rank, count
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LOST_AFTER * TICK))
-        # After a restart of all ranks the launcher's store still knows what those before said.
-        self._store = dist.PrefixStore(f"d2r/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        self._launcher_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._store = meeting_place()
         self._store.set(f"who/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
         self._store.add(f"beat/{rank}", 1)
         if rank == 0:
             self._store.set("failure", "")
         self._keys = ["failure", *(f"beat/{other}" for other in range(count))]
-        self._store.wait(self._keys, timedelta(minutes=5))
+        self._store.wait(self._keys, MEETING)
         self._last: list[bytes] = []  # what the keys held
         self._still = [0] * count  # ticks since each of the others gave a sign
         self._closing = threading.Event()
@@ -49,7 +68,7 @@ class Watch:
         try:
             first = self._store.compare_set("failure", "", message) == message.encode()
         except RuntimeError:  # the store is gone, with the launcher or rank 0 that kept it: nobody can ask who is first
-            return self._rank == (0 if self._launcher_keeps_store else 1)
+            return self._rank == (0 if launcher_keeps_store() else 1)
         self._closing.set()
         self._let_others_know()
         return first
@@ -57,7 +76,7 @@ class Watch:
     def _let_others_know(self) -> None:
         """Without a launcher the store ends with rank 0, which waits until the others have seen why the run ends."""
         with suppress(RuntimeError):
-            if self._rank > 0 or self._launcher_keeps_store:
+            if self._rank > 0 or launcher_keeps_store():
                 self._store.set(f"left/{self._rank}", "")
                 return
             for _ in range(SURELY_LOST_AFTER * 4):
@@ -87,7 +106,7 @@ class Watch:
             except RuntimeError as error:
                 if not self._closing.is_set():
                     reason = str(error).splitlines()[0]
-                    keeper = "the launcher" if self._launcher_keeps_store else f"rank 0 of {self._count}"
+                    keeper = "the launcher" if launcher_keeps_store() else f"rank 0 of {self._count}"
                     self._end(f"{keeper}, which keeps what ranks know of each other, is gone ({reason}); {CONSEQUENCE}")
                 return
 
