@@ -87,8 +87,10 @@ def _training(train: list[dict[str, Any]], hours: list[float], cfg: RunConfig) -
     clock = np.array(hours) * 3600
     names = sorted({name for record in train for name, value in record.items() if isinstance(value, list)})
     curves: dict[str, list[list[float] | None]] = {name: [record.get(name) for record in train] for name in names}
-    if "policy/route_temp" not in curves and "policy/alpha" in curves and isinstance(cfg.net, NetConfig):
-        curves["policy/route_temp"] = [_route_temp(alpha, cfg) for alpha in curves["policy/alpha"]]
+    if isinstance(cfg.net, NetConfig) and "policy/alpha" in curves:  # records of earlier versions lack it
+        curves["policy/route_temp"] = [
+            record.get("policy/route_temp") or _route_temp(record.get("policy/alpha"), cfg) for record in train
+        ]
     times = [record.get("time", {}) for record in train]
     for name in ("learner_idle", "collector_idle", "rss_mib", "workers_rss_mib"):
         curves[f"time/{name}"] = [[time[name]] if name in time else None for time in times]

@@ -37,6 +37,7 @@ class Progress:
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = defaultdict(float)
         self._steps = 0
+        self._rated = (0.0, 0, updates)  # seconds, steps and updates up to the last call of `rates`
         self._success = ""
         self._taken_at: float | None = None
         self._last = Waits()
@@ -104,6 +105,17 @@ class Progress:
         process = psutil.Process()
         memory = {"rss_mib": _rss_mib([process]), "workers_rss_mib": _rss_mib(process.children(recursive=True))}
         return {name: round(value, 3) for name, value in seconds.items()} | memory
+
+    def rates(self, updates: int) -> dict[str, float]:
+        """Environment steps of all tasks, and updates, a second since the last call; evaluations and saves left out.
+
+        updates: made so far
+        """
+        apart = self._seconds["evaluate"] + self._seconds["save"]
+        now = (time.perf_counter() - self._start - apart, self._steps, updates)
+        seconds, steps, made = (new - old for new, old in zip(now, self._rated, strict=True))
+        self._rated = now
+        return {"steps_per_s": round(steps / seconds, 3), "updates_per_s": round(made / seconds, 3)}
 
     def close(self) -> None:
         self._bar.close()

@@ -288,7 +288,9 @@ class Trainer:
         self._chunks_ended += 1
         counts = {"steps": self.steps, "updates": self.learner.updates}
         record = {"kind": "train", **counts, **self._collected, **self.learner.take_metrics()}
-        self._write(record)
+        if self.cfg.net.route_shape[0] > 0:
+            record["policy/route_temp"] = self.agent.route_temp.tolist()
+        self._write(record, self._progress.times() | self._progress.rates(self.learner.updates))
         self._evaluation_due = self._chunks_ended % self.cfg.eval.every_chunks == 0 or self.finished
         self._evaluate_if_due()
         if self._chunks_ended % self.cfg.checkpoint_every_chunks == 0:
@@ -319,12 +321,12 @@ class Trainer:
             result = evaluate(self.agent, self.tasks, env.episode_length, self.cfg.eval, seed, env.engine, env.goals)
         counts = {"steps": self.steps, "updates": self.learner.updates}
         record = {"kind": "eval", **counts, "mean_success": result.mean_success, **result._asdict()}
-        self._write(record)
+        self._write(record, self._progress.times())
         self._progress.evaluated(result.success)
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _write(self, record: dict[str, Any], times: dict[str, float]) -> None:
         if self._opened is not None:
-            self._opened[1].write({**record, "time": self._progress.times()})
+            self._opened[1].write({**record, "time": times})
 
     def _save(self) -> None:
         self._require_finite()

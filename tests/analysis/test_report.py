@@ -66,8 +66,7 @@ def test_data_is_what_metrics_say(run_dir):
     curves = data["train"]["curves"]
     assert curves["loss/critic"][:2] == [None, None]  # the warm-up has no updates
     np.testing.assert_allclose(curves["loss/critic"][2:], [r["loss/critic"] for r in train[2:]], rtol=1e-4)
-    alpha = np.array(train[-1]["policy/alpha"])
-    np.testing.assert_allclose(curves["policy/route_temp"][-1], 2 / alpha / (1 / alpha).sum(), rtol=1e-3)
+    np.testing.assert_allclose(curves["policy/route_temp"], [r["policy/route_temp"] for r in train], rtol=1e-4)
 
 
 def test_hours_go_on_over_a_resume_and_rates_leave_evaluations_out(tmp_path):
@@ -84,6 +83,14 @@ def test_hours_go_on_over_a_resume_and_rates_leave_evaluations_out(tmp_path):
     np.testing.assert_allclose(data["evals"]["hours"], [26 / 3600], atol=1e-5)
     np.testing.assert_allclose([r[0] for r in data["train"]["curves"]["rate/steps"][:2]], [20, 20], rtol=1e-3)
     assert data["hours"] == pytest.approx(0.01)
+
+
+def test_route_temperatures_of_an_earlier_version_follow_from_alpha(tmp_path):
+    train = [{"kind": "train", "steps": 1, "updates": 0}, {"kind": "train", "steps": 2, "updates": 1}]
+    train[1]["policy/alpha"] = [0.5, 0.25]
+    curves = run_data(written(tmp_path / "run", train, []), play=False)["train"]["curves"]
+    assert curves["policy/route_temp"][0] is None
+    np.testing.assert_allclose(curves["policy/route_temp"][1], [2 / 3, 4 / 3], rtol=1e-4)
 
 
 def test_long_runs_are_thinned_to_means(tmp_path):
