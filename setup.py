@@ -28,6 +28,7 @@ TRAIN = [
     "tyro>=0.9",
 ]
 VIDEO = ["imageio-ffmpeg>=0.5"]
+WANDB = ["wandb>=0.31"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 DEV = [
     "hypothesis>=6.100",
@@ -113,6 +114,12 @@ setup(
     cmdclass={"build_py": BuildPackage, "build_ext": BuildCpuLibrary, "bdist_wheel": Wheel},
     # The network and its operations need only these; everything that trains is in the extra.
     install_requires=["numpy>=1.26", "torch>=2.11"],
-    extras_require={"train": TRAIN, "video": VIDEO, "docs": DOCS, "dev": TRAIN + VIDEO + DOCS + DEV},
+    extras_require={
+        "train": TRAIN,
+        "video": VIDEO,
+        "wandb": WANDB,
+        "docs": DOCS,
+        "dev": TRAIN + VIDEO + WANDB + DOCS + DEV,
+    },
     entry_points={"console_scripts": ["d2r = d2r_fast.cli:main"]},
 )

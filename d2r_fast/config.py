@@ -136,6 +136,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Weights & Biases, beside metrics.jsonl and TensorBoard, which every run writes. It changes no number of a run."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """offline writes to the run directory, for `wandb sync`; online sends at once, and needs a login."""
+    project: str = "d2r_fast"
+    """Project there."""
+    group: str | None = None
+    """Group there, for seeds of one experiment, say."""
+
+    def __post_init__(self) -> None:
+        require(self.project != "", "log.project: expected a name, got ''")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run, whole: the file config.json of a run directory is this and nothing else."""
 
@@ -158,6 +173,7 @@ class RunConfig:
     net: NetConfigBase = field(default_factory=NetConfig)
     sac: SacConfig = field(default_factory=SacConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     total_steps: int = 1_500_000
     """Environment steps of each task, after the warm-up."""

@@ -35,7 +35,7 @@ from d2r_fast.training.trainer import Trainer
 from d2r_fast.training.watch import restarts
 
 # What a run directory may hold that a start left behind which was killed before there was a run.
-LEFT_BY_A_START = {"run_id", "config.json.tmp"}
+LEFT_BY_A_START = {"run_id", "config.json.tmp", "wandb"}
 
 
 def run(args: list[str]) -> int:
@@ -145,6 +145,8 @@ def _to_the_end(trainer: Trainer, ranks: Alone) -> int:
     print(
         f"replay     {cfg.replay_capacity:,} transitions, {trainer.replay.n_bytes / 2**20:,.0f} MiB on {trainer.device}"
     )
+    if trainer.wandb is not None:
+        print(f"wandb      {trainer.wandb}")
     begin = time.perf_counter()
     finished = trainer.run()
     seconds = time.perf_counter() - begin

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, one record a line, and the same numbers for TensorBoard."""
+"""What a run writes down: metrics.jsonl, one record a line, and the same numbers for TensorBoard and W&B."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from d2r_fast.host.files import AppendedFile
+from d2r_fast.training.wandb_log import WandbLog
 
 
 class MetricsLog:
@@ -22,9 +23,10 @@ class MetricsLog:
     OSError, naming the file: one could not be written.
     """
 
-    def __init__(self, run_dir: Path, tasks: tuple[str, ...], resume_at: int = 0):
+    def __init__(self, run_dir: Path, tasks: tuple[str, ...], resume_at: int = 0, wandb: WandbLog | None = None):
         """`resume_at`: the file's length when the checkpoint was made; what was logged after it goes to
-        `metrics.discarded.jsonl`, for those steps are taken again."""
+        `metrics.discarded.jsonl`, for those steps are taken again. `wandb`: closed with the rest."""
+        self.wandb = wandb
         path, self._tasks = run_dir / "metrics.jsonl", tasks
         kept = _cut(path, resume_at)
         self._length, self._sum = len(kept), hashlib.sha256(kept)
@@ -36,10 +38,13 @@ class MetricsLog:
         self._file.write(line)
         self._length += len(line)
         self._sum.update(line)
-        self._board.write(record["steps"], dict(self._scalars(record["kind"], record)))
+        numbers = dict(self._scalars(record["kind"], record))
+        self._board.write(record["steps"], numbers)
+        if self.wandb is not None:
+            self.wandb.write(record["steps"], numbers)
 
     def _scalars(self, prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, float]]:
-        """The numbers in a record, each with the name it has in TensorBoard."""
+        """The numbers in a record, each with the name it has in TensorBoard and W&B."""
         for name, value in values.items():
             numbers = value if isinstance(value, list) else [value]
             if isinstance(value, dict):
@@ -59,6 +64,8 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self.wandb is not None:
+            self.wandb.close()
 
 
 class EventFile:

@@ -1,6 +1,7 @@
 """A run directory: its newest good checkpoint, whether that is the run's own, and what a run makes of it."""
 
 import dataclasses
+import json
 import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +25,10 @@ from d2r_fast.training.checkpoint import (
 from d2r_fast.training.claim import FILE, Claim, read_run_id
 from d2r_fast.training.metrics import MetricsLog
 from d2r_fast.training.saved_shares import load_share, ranks_of
+from d2r_fast.training.wandb_log import WandbLog
 
 # What a resumed run may change: nothing that the saved state was made with.
-RESUMABLE_FIELDS = {"total_steps", "device", "overlap", "eval", "checkpoint_every_chunks", "checkpoint_replay"}
+RESUMABLE_FIELDS = {"total_steps", "device", "overlap", "eval", "log", "checkpoint_every_chunks", "checkpoint_replay"}
 
 
 class SavedRun(NamedTuple):
@@ -203,7 +205,8 @@ def open_run(
     """Make a directory the one in which a run of `cfg` trains: held, named, with its configuration and its records.
 
     resume: the checkpoint it goes on from. What lies there beyond it is kept as *.discarded*.
-    BlockingIOError: another process trains there. FileExistsError: without `resume`, it has checkpoints. OSError.
+    BlockingIOError: another process trains there. FileExistsError: without `resume`, it has checkpoints. OSError, also
+    where Weights & Biases is wanted and cannot be reached.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     config, claim = run_dir / "config.json", claim or Claim(run_dir)
@@ -211,13 +214,16 @@ def open_run(
         if resume is None and checkpoint_files(run_dir):
             raise FileExistsError(f"{run_dir}: has the checkpoints of a run; to go on from it: --resume {run_dir}")
         claim.name((saved_id(resume) if resume else None) or uuid.uuid4().hex)
+        settings, wandb = config_to_json(cfg), None
+        if cfg.log.wandb != "off":
+            wandb = WandbLog(cfg.log, run_dir, str(claim.id), json.loads(settings))
         if resume is not None:
             set_aside_later(run_dir, resume["steps"])
             if config.exists() and config.read_bytes() != resume["config"].encode():
                 config.replace(config.with_name("config.discarded.json"))
         with whole_file(config) as file:
-            file.write(config_to_json(cfg).encode())
-        return claim, MetricsLog(run_dir, cfg.task_names, resume["metrics_length"] if resume else 0)
+            file.write(settings.encode())
+        return claim, MetricsLog(run_dir, cfg.task_names, resume["metrics_length"] if resume else 0, wandb)
     except BaseException:
         claim.release()
         raise

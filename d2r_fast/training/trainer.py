@@ -31,6 +31,7 @@ from d2r_fast.training.progress import Progress, Waits
 from d2r_fast.training.ranks import Alone, Share
 from d2r_fast.training.saved_run import check_state, open_run
 from d2r_fast.training.saved_shares import load_replay, load_share, ranks_of, remove_old_shares, save_share
+from d2r_fast.training.wandb_log import check_wandb
 
 # The progress bar moves once in this many updates, and a stop waits for as many at most, on a GPU for twice as many.
 UPDATES_AT_ONCE = 10
@@ -99,6 +100,8 @@ class Trainer:
         self._share = Share(cfg, self._ranks.count)
         self.device = choose_device(cfg.device)
         cfg.net.check_runs_on(self.device)
+        if self._ranks.first:
+            check_wandb(cfg.log)
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
             torch.use_deterministic_algorithms(True)
@@ -163,6 +166,12 @@ class Trainer:
     def idle(self) -> Waits | None:
         """How long learner and collector waited for each other since the warm-up; None before there were updates."""
         return self._progress.waits if self._progress.waits.wall > 0 else None
+
+    @property
+    def wandb(self) -> str | None:
+        """Where Weights & Biases has the run: its page, or the directory that `wandb sync` takes. None: nowhere."""
+        log = self._opened[1].wandb if self._opened else None
+        return log.where if log else None
 
     def run(self) -> bool:
         """Train to the end, or until SIGINT or SIGTERM; saves either way. Returns whether the run is finished. Ranks
