@@ -2,14 +2,11 @@
 
 import html
 import json
-import platform
 import re
 import time
 from collections.abc import Sequence
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
-
-import torch
 
 from d2r_fast.analysis.run_data import run_data
 from d2r_fast.host.files import whole_file
@@ -25,12 +22,7 @@ def write_report(path: Path, run_dirs: Sequence[Path], play: bool = True) -> Non
     ValueError, FileNotFoundError: a directory is none of a run that has trained. OSError: `path` cannot be written.
     """
     runs = [run_data(run_dir, play) for run_dir in run_dirs]
-    packages = ("d2r_fast", "numpy", "envpool", "metaworld", "mujoco")
-    data = {
-        "runs": runs,
-        "written": time.strftime("%Y-%m-%d %H:%M"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__} | _versions(packages),
-    }
+    data = {"runs": runs, "written": time.strftime("%Y-%m-%d %H:%M")}
     names = [run["name"] for run in runs]
     parts = {
         "title": html.escape(names[0] if len(names) == 1 else f"{len(names)} runs"),
@@ -47,13 +39,3 @@ def write_report(path: Path, run_dirs: Sequence[Path], play: bool = True) -> Non
 
 def _text(name: str) -> str:
     return (_PAGE / name).read_text(encoding="utf-8")
-
-
-def _versions(packages: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # on the path, not installed
-            continue
-    return found

@@ -14,6 +14,7 @@ from d2r_fast.nets.d2r import NetConfig
 from d2r_fast.training.checkpoint import checkpoint_files
 from d2r_fast.training.metrics import read_metrics
 from d2r_fast.training.saved_run import read_saved_run
+from d2r_fast.training.sessions import read_sessions
 
 # A curve has at most about this many points: of more records, a few neighbours each become their mean.
 MOST_POINTS = 400
@@ -45,6 +46,7 @@ def run_data(run_dir: Path, play: bool) -> dict[str, Any]:
         "evals": _evaluations(evals, clock[len(train) :]),
         "train": _training(train, clock[: len(train)], cfg),
         "routes": _routes(run_dir, cfg, play),
+        "sessions": read_sessions(run_dir),
         "config": json.loads((run_dir / "config.json").read_text(encoding="utf-8")),
     }
 

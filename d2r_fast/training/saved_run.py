@@ -6,6 +6,8 @@ import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from d2r_fast.config import RunConfig
 from d2r_fast.config_json import config_from_json, config_to_json, read_config
 from d2r_fast.host.files import whole_file
@@ -25,6 +27,7 @@ from d2r_fast.training.checkpoint import (
 from d2r_fast.training.claim import FILE, Claim, read_run_id
 from d2r_fast.training.metrics import MetricsLog
 from d2r_fast.training.saved_shares import load_share, ranks_of
+from d2r_fast.training.sessions import record_session
 from d2r_fast.training.wandb_log import WandbLog
 
 # What a resumed run may change: nothing that the saved state was made with.
@@ -200,11 +203,17 @@ def notes_on_resume(saved: SavedRun, run_dir: Path) -> list[str]:
 
 
 def open_run(
-    run_dir: Path, cfg: RunConfig, resume: dict[str, Any] | None, claim: Claim | None
+    run_dir: Path,
+    cfg: RunConfig,
+    resume: dict[str, Any] | None,
+    claim: Claim | None,
+    device: torch.device | None = None,
+    ranks: int = 1,
 ) -> tuple[Claim, MetricsLog]:
     """Make a directory the one in which a run of `cfg` trains: held, named, with its configuration and its records.
 
     resume: the checkpoint it goes on from. What lies there beyond it is kept as *.discarded*.
+    device, ranks: where it trains from now on, and in how many processes; None: it does not yet.
     BlockingIOError: another process trains there. FileExistsError: without `resume`, it has checkpoints. OSError, also
     where Weights & Biases is wanted and cannot be reached.
     """
@@ -223,6 +232,8 @@ def open_run(
                 config.replace(config.with_name("config.discarded.json"))
         with whole_file(config) as file:
             file.write(settings.encode())
+        if device is not None:
+            record_session(run_dir, resume["steps"] if resume else 0, device, ranks)
         return claim, MetricsLog(run_dir, cfg.task_names, resume["metrics_length"] if resume else 0, wandb)
     except BaseException:
         claim.release()

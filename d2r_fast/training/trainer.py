@@ -143,7 +143,7 @@ class Trainer:
         self._opened: tuple[Claim, MetricsLog] | None = None  # the first rank's
         try:
             if self._ranks.first:
-                self._opened = open_run(run_dir, cfg, resume, claim)
+                self._opened = open_run(run_dir, cfg, resume, claim, self.device, self._ranks.count)
             self._run_id = self._ranks.from_first(self._opened[0].id if self._opened else None)
         except BaseException:
             self._feed.close()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from d2r_fast.analysis.report import write_report
 from d2r_fast.analysis.run_data import MOST_POINTS, run_data
@@ -179,6 +181,8 @@ def test_the_page_in_a_browser(run_dir, tmp_path, browser):
     assert smooth["x"] == [r["updates"] for r in records(run_dir) if r["kind"] == "train"]
     a, b = raw["y"][2:4]
     np.testing.assert_allclose(smooth["y"][2:4], [a, (0.25 * a + 0.5 * b) / 0.75], rtol=1e-6)
+    (trained,) = page.locator("#trained li").all_inner_texts()
+    assert f"python {platform.python_version()}, torch {torch.__version__}" in trained and "core" in trained
     page.select_option("#route-second", "reach")
     assert page.text_content("#route-second-graph .gtitle").startswith("reach: ")
     picture = page.screenshot(full_page=True)
@@ -196,6 +200,8 @@ def test_several_runs_in_a_narrow_window(run_dir, tmp_path, browser, scheme):
     assert page.locator(".tile").count() == 2 and "no evaluation so far" in page.inner_text("#tiles")
     names = page.evaluate("document.getElementById('curve-loss-critic').data.map((line) => line.name)")
     assert names == ["a<b>run: mean", "other: mean"]
+    trained = page.locator("#trained li").all_inner_texts()
+    assert trained[0].startswith("a<b>run: 20") and trained[1] == "other: versions and machine: not recorded"
     assert "d2r routes" in page.inner_text("#no-routes") and page.is_hidden("#routes")
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 24, 31)"}[scheme]

@@ -324,11 +324,23 @@ function flat(settings, prefix = "") {
     value !== null && typeof value === "object" && !Array.isArray(value) ? flat(value, `${prefix}${name}.`) : [[prefix + name, JSON.stringify(value)]]);
 }
 
+/** What a run was trained with, a line for each stretch of steps that one session made. */
+function trainedWith(run) {
+  if (!run.sessions.length) return ["versions and machine: not recorded"];
+  return run.sessions.map((session) => {
+    const versions = Object.entries(session.versions).map(([name, version]) => `${name} ${version}`).join(", ");
+    const from = session.steps ? `from ${session.steps.toLocaleString("en")} steps a task on, ` : "";
+    const ranks = session.ranks > 1 ? `${session.ranks} ranks, ` : "";
+    return `${from}${session.at}: ${ranks}${session.machine}; ${versions}`;
+  });
+}
+
 function settings() {
   at("commands").textContent = [...runs.flatMap((run) => [`d2r train ${run.path}/config.json`, `d2r eval ${run.path}`]),
     `d2r report ${runs.map((run) => run.path).join(" ")}`].join("\n");
-  at("written").textContent = `This page was written ${data.written} with ${Object.entries(data.versions).map(([name, version]) =>
-    `${name} ${version}`).join(", ")}. A run repeats with equal numbers where it is --deterministic, on the same kind of machine.`;
+  for (const run of runs) for (const line of trainedWith(run)) at("trained").append(element("li", many ? `${run.name}: ${line}` : line));
+  at("written").textContent = "A run repeats with equal numbers where it is --deterministic, with the same versions on the same kind "
+    + `of machine. This page was written ${data.written}.`;
   if (many) {
     const all = runs.map((run) => new Map(flat(run.config))), names = [...new Set(all.flatMap((map) => [...map.keys()]))];
     const differing = names.filter((name) => new Set(all.map((map) => map.get(name))).size > 1);
