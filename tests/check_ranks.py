@@ -1,6 +1,6 @@
 """Updates that several ranks make together, each with its share of the rows, against the recorded ones.
 
-    torchrun --nproc-per-node R tests/check_ranks.py [--updates N]
+    torchrun --nproc-per-node R tests/check_ranks.py [--updates N] [--device cpu|cuda]
 
 Every rank takes each R-th row of every task of tests/golden/update_*.npz (each row twice, so that R = 1, 2, 3, 4 divide
 them: means do not change), in float64. The first prints the worst relative error of a file's quantities, and whether
@@ -28,7 +28,7 @@ from d2r_fast.nets.agent import N_CRITICS
 from d2r_fast.presets import PRESETS
 from d2r_fast.training.ranks import Alone, join
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_UPDATES = sorted((Path(__file__).parent / "golden").glob("update_*.npz"))
 
 
 def share_of_rows(batch: Batch, draws: Draws, n_tasks: int, ranks: Alone) -> tuple[Batch, Draws]:
@@ -36,7 +36,7 @@ def share_of_rows(batch: Batch, draws: Draws, n_tasks: int, ranks: Alone) -> tup
 
     def mine(value: Tensor, dim: int = 0) -> Tensor:
         by_task = value.unflatten(dim, (n_tasks, -1)).repeat_interleave(2, dim + 1)
-        index = torch.arange(ranks.rank, by_task.shape[dim + 1], ranks.count)
+        index = torch.arange(ranks.rank, by_task.shape[dim + 1], ranks.count, device=value.device)
         return by_task.index_select(dim + 1, index).flatten(dim, dim + 1)
 
     assert draws.critic_choice.index is not None
@@ -47,13 +47,13 @@ def share_of_rows(batch: Batch, draws: Draws, n_tasks: int, ranks: Alone) -> tup
 def same_bits(update: Update, ranks: Alone) -> bool:
     """Whether all that an update changes is the same on every rank."""
     held = {**update.agent.state_dict(), **update.moments()}
-    mine = [value.flatten().double().numpy().tobytes() for value in held.values()]
+    mine = [value.flatten().double().cpu().numpy().tobytes() for value in held.values()]
     return all(theirs == mine for theirs in ranks.gather(mine))
 
 
-def check_file(path: Path, ranks: Alone) -> tuple[float, bool]:
+def check_file(path: Path, device: str, ranks: Alone) -> tuple[float, bool]:
     """Worst relative error of what one update gave, and whether it gave all ranks the same."""
-    v = Vector(path, torch.float64, "cpu", "auto")
+    v = Vector(path, torch.float64, device, "auto")
     agent, batch, draws, sac = recorded_update(v)
     update = Update(agent, sac, ranks.shares)
     metrics = update.step(*as_one_step(*share_of_rows(batch, draws, agent.n_tasks, ranks)))
@@ -66,7 +66,8 @@ def check_file(path: Path, ranks: Alone) -> tuple[float, bool]:
 
 
 def random_rows(agent: Agent, per_task: int, generator: torch.Generator) -> tuple[Batch, Draws]:
-    """A batch in float64, tasks together, with routes and noise."""
+    """A batch in float64, tasks together, with routes and noise; the same on every device."""
+    device = agent.log_alpha.device
     n_tasks, n_obs, n_act = agent.n_tasks, agent.actor.net.n_in, agent.actor.action_size
     task = torch.arange(n_tasks).repeat_interleave(per_task)
     n, (n_modules, k) = len(task), agent.actor.net.cfg.route_shape
@@ -79,19 +80,18 @@ def random_rows(agent: Agent, per_task: int, generator: torch.Generator) -> tupl
         i, slot = torch.arange(1, n_modules + 1)[:, None], torch.arange(k)
         return torch.where(slot < i, (first + slot) % i, 0)
 
-    batch = Batch(
-        *(normal(n, n_obs), normal(n, n_act).tanh(), normal(n), (normal(n) > 1).double(), normal(n, n_obs), task),
-        routes(1)[0],
-    )
-    reset = torch.rand(n_tasks, n_tasks, dtype=torch.float64, generator=generator)
-    return batch, Draws(normal(n, n_act), normal(n, n_act), RouteChoice.given(routes(N_CRITICS)), reset=reset)
+    acted = normal(n, n_obs), normal(n, n_act).tanh(), normal(n), (normal(n) > 1).double()
+    batch = Batch(*(value.to(device) for value in (*acted, normal(n, n_obs), task, routes(1)[0])))
+    reset = torch.rand(n_tasks, n_tasks, dtype=torch.float64, generator=generator).to(device)
+    noise, next_noise = normal(n, n_act).to(device), normal(n, n_act).to(device)
+    return batch, Draws(noise, next_noise, RouteChoice.given(routes(N_CRITICS).to(device)), reset=reset)
 
 
-def check_method(cfg: RunConfig, n_updates: int, ranks: Alone) -> tuple[float, bool]:
+def check_method(cfg: RunConfig, n_updates: int, device: str, ranks: Alone) -> tuple[float, bool]:
     """Updates as a method makes them: by all ranks, and by this one alone with all rows. Returns how far apart they end
     (float64, relative), and whether all ranks end with the same bits."""
     torch.manual_seed(0)
-    together = Agent(7, 2, 3, cfg.net).double()
+    together = Agent(7, 2, 3, cfg.net).to(device, torch.float64)
     alone = copy.deepcopy(together)
     shared, lone = Update(together, cfg.sac, ranks.shares), Update(alone, cfg.sac)
     generator = torch.Generator().manual_seed(1)
@@ -121,13 +121,14 @@ def methods() -> dict[str, RunConfig]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=20, help="of each method (default: 20)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     ranks = join()
     good = True
-    checks = [(path.stem, functools.partial(check_file, path, ranks)) for path in sorted(GOLDEN.glob("update_*.npz"))]
+    checks = [(path.stem, functools.partial(check_file, path, args.device, ranks)) for path in GOLDEN_UPDATES]
     checks += [
-        (f"{kind}, {args.updates} updates", functools.partial(check_method, cfg, args.updates, ranks))
+        (f"{kind}, {args.updates} updates", functools.partial(check_method, cfg, args.updates, args.device, ranks))
         for kind, cfg in methods().items()
     ]
     for name, check in checks:
