@@ -17,6 +17,9 @@ USAGE = """usage: d2r COMMAND ...
   d2r routes RUN_OR_CHECKPOINT [--out DIR] [--episodes N]
                                                          which modules its episodes ran through, drawn for every task
   d2r report RUN ... [--out FILE]                        one HTML file of one or more runs: curves, routes, settings
+  d2r compare RUN ... [--by FIELD ...] [--until STEPS] [--out DIR]
+                                                         finished runs, grouped by setting: success with intervals over
+                                                         seeds, chance of improvement, time to a success, every task
   d2r video RUN_OR_CHECKPOINT [--tasks TASKS] [--episodes N] [--out FILE]
                                                          its episodes on the official environments, as mp4 or GIF
   d2r import ACTOR.pth [CRITIC.pth CRITIC.pth]           published checkpoints of D2R as a run directory
@@ -31,7 +34,7 @@ d2r COMMAND --help lists every option of a command that has some (of train with 
 """
 
 # Modules of d2r_fast.commands, each with `run(args)`; only the one asked for is imported.
-COMMANDS = ("train", "eval", "routes", "report", "video", "import", "export", "fidelity", "presets", "info")
+COMMANDS = ("train", "eval", "routes", "report", "compare", "video", "import", "export", "fidelity", "presets", "info")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -116,6 +116,7 @@ def test_train(trained):
             "module_use.png",
             "report.html",
             "run_id",
+            "sessions.jsonl",
         )
     }
     cfg = load_config(str(run_dir / "config.json"))

@@ -1,6 +1,6 @@
-"""Finished training runs as benchmarks read them: settings, success over steps, what the run cost."""
+"""Finished training runs as a comparison reads them: settings, success over steps, what the run cost."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -24,13 +24,25 @@ def area(steps: list[int], success: np.ndarray) -> np.ndarray:
 
 
 class Run(NamedTuple):
-    """A finished run."""
+    """A finished run.
+
+    evals    records of its evaluations, two at least
+    resumed  its clock began again, so that no time of it means anything
+    """
 
     path: Path
     cfg: RunConfig
-    written: dict[str, Any]  # config.json; a setting that the run's code did not know yet is missing, not a default
     evals: list[dict[str, Any]]
-    resumed: bool  # then its clock began again, and no time of it means anything
+    resumed: bool
+
+    @property
+    def minutes(self) -> list[float] | None:
+        """Wall time at each evaluation; None if it is not known."""
+        return None if self.resumed else [record["time"]["wall"] / 60 for record in self.evals]
+
+    @property
+    def updates_per_s(self) -> float | None:
+        return None if self.resumed else self.evals[-1]["updates"] / self.evals[-1]["time"]["wall"]
 
     @property
     def steps(self) -> list[int]:
@@ -70,15 +82,20 @@ def read_run(path: Path, until: int | None = None) -> Run:
     if len(evals) == 1:
         raise ValueError(f"{path}: one evaluation alone has no area; eval.every_chunks makes more")
     resumed = any(later["time"]["wall"] < earlier["time"]["wall"] for earlier, later in pairwise(train))
-    written = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return Run(path, cfg, written, evals, resumed)
+    return Run(path, cfg, evals, resumed)
 
 
-def learning_settings(cfg: RunConfig, until: int | None = None) -> dict[str, Any]:
-    """What decides what a run learns in its first `until` steps a task, by the names that the command line gives it."""
+def flat_settings(cfg: RunConfig) -> dict[str, Any]:
+    """Every setting by the name that the command line gives it, and `net.kind`."""
     flat: dict[str, Any] = {}
     for name, value in asdict(cfg).items():
         flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat | {"net.kind": cfg.net.kind}
+
+
+def learning_settings(cfg: RunConfig, until: int | None = None) -> dict[str, Any]:
+    """What decides what a run learns in its first `until` steps a task."""
+    flat = flat_settings(cfg)
     if until is not None:  # nothing follows a schedule that ends with the run
         del flat["total_steps"]
     # A replay that never fills is as large as any other one that never fills.
@@ -87,45 +104,20 @@ def learning_settings(cfg: RunConfig, until: int | None = None) -> dict[str, Any
     return {name: value for name, value in flat.items() if name not in FREE}
 
 
-def check_alike(runs: list[Run], until: int | None = None) -> None:
-    """ValueError: they do not learn the same task in the same way, or were not evaluated at the same steps."""
-    first, settings = runs[0], learning_settings(runs[0].cfg, until)
-    for run in runs[1:]:
-        mine = learning_settings(run.cfg, until)
-        others = [f"{name} {settings[name]} and {value}" for name, value in mine.items() if settings[name] != value]
-        if others:
-            more = f", and {len(others) - 4} more" if len(others) > 4 else ""
-            raise ValueError(f"{first.path} and {run.path} are not comparable: {'; '.join(others[:4])}{more}")
-        if run.steps != first.steps:
-            raise ValueError(
-                f"{first.path} and {run.path} were evaluated at other steps: {first.steps} and {run.steps}"
-            )
-
-
-def row(run: Run) -> dict[str, Any]:
-    """The last evaluation of a run, the area under all of them, and what it cost."""
-    last, cfg = run.evals[-1], run.cfg
-    seconds = last["time"]
-    times: dict[str, float | None] = {
-        "wall_minutes": round(seconds["wall"] / 60, 2),
-        "updates_per_s": round(last["updates"] / seconds["wall"], 1),
-        "updates_per_s_while_learning": round(last["updates"] / seconds["learn"], 1),
-        "steps_per_s_while_collecting": round(last["steps"] * cfg.n_tasks / seconds["collect"]),
-        "wall_minutes_to_mean_success_0.8": next(
-            (round(e["time"]["wall"] / 60, 2) for e in run.evals if e["mean_success"] >= 0.8), None
-        ),
-    }
-    return {
-        "variant": cfg.name,
-        "run": str(run.path),
-        "seed": cfg.seed,
-        "backend": run.written["net"].get("backend"),
-        "precision": run.written["net"].get("precision"),
-        "overlap": run.written.get("overlap"),
-        "steps_a_task": last["steps"],
-        "updates": last["updates"],
-        "success": dict(zip(cfg.task_names, last["success"], strict=True)),
-        "mean_success": last["mean_success"],
-        "area": dict(zip(("mean", *cfg.task_names), run.area().round(4).tolist(), strict=True)),
-        "episodes_a_task": last["episodes"],
-    } | ({name: None for name in times} if run.resumed else times)
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The run directories among `paths`, and those within the others, by name. ValueError: one is and holds none, or a
+    run is named twice."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            raise ValueError(f"{path}: expected a run directory, or a directory of them")
+        is_run = (path / "config.json").exists()
+        inside = [path] if is_run else sorted(d for d in path.iterdir() if (d / "config.json").exists())
+        if not inside:
+            raise ValueError(f"{path}: expected a run directory (with config.json), or a directory of them")
+        found += inside
+    real = [path.resolve() for path in found]
+    twice = next((path for path, name in zip(found, real, strict=True) if real.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice}: named twice, where it would count as two seeds")
+    return found
