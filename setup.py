@@ -27,6 +27,7 @@ TRAIN = [
     "tqdm>=4.66",
     "tyro>=0.9",
 ]
+SWEEP = ["ray>=2.40"]
 VIDEO = ["imageio-ffmpeg>=0.5"]
 WANDB = ["wandb>=0.31"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
@@ -116,10 +117,11 @@ setup(
     install_requires=["numpy>=1.26", "torch>=2.11"],
     extras_require={
         "train": TRAIN,
+        "sweep": TRAIN + SWEEP,
         "video": VIDEO,
         "wandb": WANDB,
         "docs": DOCS,
-        "dev": TRAIN + VIDEO + WANDB + DOCS + DEV,
+        "dev": TRAIN + SWEEP + VIDEO + WANDB + DOCS + DEV,
     },
     entry_points={"console_scripts": ["d2r = d2r_fast.cli:main"]},
 )

@@ -14,10 +14,12 @@ PACKAGE = Path(d2r_fast.__file__).parent
 ROOMS = (
     "__main__ cli",
     "commands",
+    "sweeps",
     "analysis",
     "training",
     "evaluation",
     "learning",
+    "config_args",
     "config_json",
     "presets",
     "config",

@@ -4,7 +4,8 @@ import io
 import resource
 import sys
 import time
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ from d2r_fast.analysis.report import write_report
 from d2r_fast.commands.arguments import take_option
 from d2r_fast.commands.networks import describe
 from d2r_fast.config import RunConfig
-from d2r_fast.config_json import load_config, read_config
+from d2r_fast.config_args import config_from_args
+from d2r_fast.config_json import read_config
 from d2r_fast.envs import describe_engines
-from d2r_fast.presets import PRESETS, with_net
+from d2r_fast.presets import PRESETS
 from d2r_fast.training.checkpoint import checkpoint_files, find_checkpoint
 from d2r_fast.training.claim import Claim
 from d2r_fast.training.metrics import read_metrics
@@ -65,10 +67,8 @@ def _trainer(args: list[str], ranks: Alone) -> Trainer:
         raise ValueError(f"expected a preset ({', '.join(PRESETS)}), a config.json or --resume RUN first")
     asked_dir, overrides = take_option(args[1:], "--run-dir")
     kind, overrides = take_option(overrides, "--net")
-    default = load_config(args[0])
-    if kind is not None:
-        default = with_net(default, kind)
-    cfg = _configured(f"d2r train {args[0]}", default, overrides, ranks)
+    with _said_once(ranks):
+        cfg = config_from_args(args[0], kind, overrides, prog=f"d2r train {args[0]}")
     begun = time.strftime("%Y%m%d-%H%M%S", time.localtime(launched_at()))
     run_dir = ranks.from_first(Path(asked_dir or f"runs/{cfg.name}-seed{cfg.seed}-{begun}"))
     if ranks.from_first(_is_taken(run_dir) if ranks.first else None):
@@ -78,11 +78,12 @@ def _trainer(args: list[str], ranks: Alone) -> Trainer:
     return Trainer(cfg, run_dir, ranks=ranks)
 
 
-def _configured(prog: str, default: RunConfig, overrides: list[str], ranks: Alone) -> RunConfig:
-    """The configuration with what the command line changes; where that is wrong, the first rank alone says so."""
+@contextmanager
+def _said_once(ranks: Alone) -> Iterator[None]:
+    """What is wrong with a command line, the first rank alone says."""
     said = nullcontext() if ranks.first else redirect_stdout(io.StringIO())
     with said, nullcontext() if ranks.first else redirect_stderr(io.StringIO()):
-        return tyro.cli(RunConfig, prog=prog, default=default, args=overrides)
+        yield
 
 
 def _is_taken(run_dir: Path) -> bool:
@@ -113,7 +114,8 @@ def _resume(wanted: Path, args: list[str], ranks: Alone) -> Trainer:
                     f"{path}: saved by {ranks_of(state)} ranks, goes on with {ranks.count}: the replay is dealt anew, "
                     "random numbers are others"
                 )
-        cfg = _configured(f"d2r train --resume {wanted}", saved, args, ranks)
+        with _said_once(ranks):
+            cfg = tyro.cli(RunConfig, prog=f"d2r train --resume {wanted}", default=saved, args=args)
         if (change := first_change(saved, cfg)) is not None:
             raise ValueError(
                 f"--resume: {change[0]} cannot change, the saved run has {change[1]}; a resumed run may change "
