@@ -71,7 +71,7 @@ def a_chunk(preset: str, n_chunks: int, run_dir: Path) -> tuple[dict[str, Any], 
     never = dataclasses.replace(cfg.eval, every_chunks=10**6, episodes=1, envs_per_task=1)
     cfg = dataclasses.replace(cfg, warmup_steps=steps, total_steps=n_chunks * steps, eval=never, device="cpu")
     Trainer(cfg, run_dir, show_progress=False).run()
-    records = read_metrics(run_dir, "train")[2:]  # from the first chunk with updates on
+    records = read_metrics(run_dir, "train")[2:]  # without the warm-up, and the first updates
     seconds = [steps * cfg.n_tasks / record["time"]["steps_per_s"] for record in records]
     return records[-1], 1e3 * statistics.median(seconds)
 
