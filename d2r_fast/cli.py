@@ -12,6 +12,9 @@ USAGE = """usage: d2r COMMAND ...
                                                          multi-head, soft-modules, paco, moore, care or film
   d2r train --resume RUN [--FIELD VALUE ...]             go on from a run directory's newest good checkpoint, or from
                                                          the one of its checkpoints that RUN is
+  d2r sweep PRESET [--seeds 0-7] [--set FIELD=V1,V2 ...] [--nets KINDS] [--FIELD VALUE ...]
+                                                         train every combination, several runs at a time
+  d2r sweep --resume DIR [--retry-failed]                go on with a sweep
   d2r eval RUN_OR_CHECKPOINT [--protocol fast|published|official] [--json FILE]
                                                          success per task of a saved agent
   d2r routes RUN_OR_CHECKPOINT [--out DIR] [--episodes N]
@@ -34,7 +37,10 @@ d2r COMMAND --help lists every option of a command that has some (of train with 
 """
 
 # Modules of d2r_fast.commands, each with `run(args)`; only the one asked for is imported.
-COMMANDS = ("train", "eval", "routes", "report", "compare", "video", "import", "export", "fidelity", "presets", "info")
+COMMANDS = (
+    *("train", "sweep", "eval", "routes", "report", "compare", "video"),
+    *("import", "export", "fidelity", "presets", "info"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:

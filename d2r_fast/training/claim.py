@@ -48,12 +48,10 @@ class Claim:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                holder = os.pread(file, 1000, 0).decode(errors="replace").splitlines()[1:]
+                found = _holder(file)
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                     os.close(file)
-                    raise BlockingIOError(
-                        f"{self._path.parent}: {(holder or ['another process'])[0]} trains here"
-                    ) from None
+                    raise BlockingIOError(f"{self._path.parent}: {found} trains here") from None
                 lockless = f"{self._path}: this file system has no locks, so nothing keeps a second process out"
                 warnings.warn(lockless, stacklevel=3)
                 return file
@@ -80,6 +78,28 @@ class Claim:
             os.truncate(self._file, len(_UNKNOWN) + 1)
         os.close(self._file)
         self._file = -1
+
+
+def holder(run_dir: Path) -> str | None:
+    """The process that holds a run directory, as "process NUMBER on HOST"; None if there is none."""
+    try:
+        file = os.open(run_dir / FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return None
+        return _holder(file)
+    finally:
+        os.close(file)
+    return None
+
+
+def _holder(file: int) -> str:
+    lines = os.pread(file, 1000, 0).decode(errors="replace").splitlines()
+    return lines[1] if len(lines) > 1 else "another process"
 
 
 def read_run_id(run_dir: Path) -> str | None:

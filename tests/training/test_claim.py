@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from d2r_fast.training.claim import Claim, read_run_id
+from d2r_fast.training.claim import Claim, holder, read_run_id
 
 ID, OTHER = "0123456789abcdef" * 2, "f" * 32
 
@@ -30,19 +30,29 @@ def hold(run_dir: Path) -> subprocess.Popen[str]:
 
 
 def test_a_held_directory_is_refused_and_its_holder_named(tmp_path):
-    with hold(tmp_path) as holder:
+    with hold(tmp_path) as process:
         for _ in range(2):
-            with pytest.raises(BlockingIOError, match=f"^{tmp_path}: process {holder.pid} on .* trains here$"):
+            with pytest.raises(BlockingIOError, match=f"^{tmp_path}: process {process.pid} on .* trains here$"):
                 Claim(tmp_path)
-        holder.communicate("\n")
+        process.communicate("\n")
+    Claim(tmp_path).release()
+
+
+def test_who_holds_a_directory_can_be_asked(tmp_path):
+    assert holder(tmp_path / "none") is None
+    assert holder(tmp_path) is None
+    with hold(tmp_path) as process:
+        assert holder(tmp_path).startswith(f"process {process.pid} on ")
+        process.kill()
+    assert holder(tmp_path) is None
     Claim(tmp_path).release()
 
 
 def test_a_claim_dies_with_its_process(tmp_path):
     (tmp_path / "run_id").write_text(f"{ID}\n")
-    with hold(tmp_path) as holder:
-        holder.kill()
-    assert (tmp_path / "run_id").read_text().splitlines()[1].startswith(f"process {holder.pid} ")
+    with hold(tmp_path) as process:
+        process.kill()
+    assert (tmp_path / "run_id").read_text().splitlines()[1].startswith(f"process {process.pid} ")
     claim = Claim(tmp_path)
     assert claim.id == ID
     assert (tmp_path / "run_id").read_text().splitlines()[1].startswith(f"process {os.getpid()} ")
