@@ -1,24 +1,19 @@
 """`d2r export`: a trained policy as safetensors with a JSON of its sizes, or in the published layout."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import tyro
-from torch import Tensor
 
-from d2r_fast.config import RunConfig
-from d2r_fast.envs.metaworld import ACTION_SIZE, OBS_SIZE
 from d2r_fast.host.files import whole_file
 from d2r_fast.nets.agent import Agent
 from d2r_fast.nets.d2r import NetConfig
 from d2r_fast.nets.published import to_published
-from d2r_fast.ops.squashed_normal import LOG_STD_RANGE
 from d2r_fast.training.agents import load_agent, make_agent
 from d2r_fast.training.checkpoint import located
+from d2r_fast.training.exported import NAME, write_policy
 from d2r_fast.training.saved_run import read_saved_run
 
 
@@ -45,7 +40,7 @@ def run(args: list[str]) -> int:
     agent = make_agent(saved.cfg, torch.device("cpu"))
     with located(saved.path):
         load_agent(agent, saved.state)
-    out = wanted.out or (wanted.run if wanted.run.is_dir() else wanted.run.parent) / "policy"
+    out = wanted.out or (wanted.run if wanted.run.is_dir() else wanted.run.parent) / NAME
     if wanted.published:
         if not isinstance(saved.cfg.net, NetConfig):
             raise ValueError(f"--published: expected a run of network {NetConfig.kind}, got {saved.cfg.net.kind}")
@@ -53,32 +48,13 @@ def run(args: list[str]) -> int:
             raise ValueError("--published: expected net.dynamic_depth True, for the published code has no other way")
         written = _write_published(out, agent)
     else:
-        written = _write_policy(out, agent, saved.cfg, saved.state["steps"])
+        written = write_policy(out, agent, saved.cfg, saved.state["steps"])
     print(
         f"policy     {saved.path}: {saved.cfg.net.kind}, {saved.cfg.n_tasks} tasks, {saved.state['steps']:,} steps each"
     )
     for path in written:
         print(f"file       {path}")
     return 0
-
-
-def _write_policy(out: Path, agent: Agent, cfg: RunConfig, steps: int) -> list[Path]:
-    sizes = {
-        "format": "d2r_fast policy 1",
-        "network": {"kind": cfg.net.kind, **dataclasses.asdict(cfg.net)},
-        "observation": OBS_SIZE,
-        "action": ACTION_SIZE,
-        "log_std_range": list(LOG_STD_RANGE),
-        "tasks": list(cfg.task_names),
-        "steps": steps,
-    }
-    weights = out.with_name(out.name + ".safetensors")
-    with whole_file(weights) as file:
-        file.write(safetensors.torch.save(_plain(agent.actor.net.state_dict())))
-    description = out.with_name(out.name + ".json")
-    with whole_file(description) as file:
-        file.write((json.dumps(sizes, indent=2) + "\n").encode())
-    return [weights, description]
 
 
 def _write_published(out: Path, agent: Agent) -> list[Path]:
@@ -91,8 +67,3 @@ def _write_published(out: Path, agent: Agent) -> list[Path]:
             torch.save(parameters, file)
         written.append(path)
     return written
-
-
-def _plain(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters that share no memory, as the format wants them."""
-    return {name: value.clone().contiguous() for name, value in state_dict.items()}

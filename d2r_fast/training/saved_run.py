@@ -25,6 +25,7 @@ from d2r_fast.training.checkpoint import (
     share_files,
 )
 from d2r_fast.training.claim import FILE, Claim, read_run_id
+from d2r_fast.training.exported import NAME, holds_policy, read_policy
 from d2r_fast.training.metrics import MetricsLog
 from d2r_fast.training.saved_shares import load_share, ranks_of
 from d2r_fast.training.sessions import record_session
@@ -45,7 +46,8 @@ class SavedRun(NamedTuple):
 
 
 def read_saved_run(wanted: Path, with_shares: bool = False) -> SavedRun:
-    """The checkpoint `wanted`, or the newest good one of the run directory `wanted`. Only reads.
+    """The checkpoint `wanted`, or the newest good one of the run directory `wanted`; or the policy that `d2r export`
+    left in a directory, without what only training needs. Only reads.
 
     with_shares: good is one only with what each of several ranks saved of it.
     FileNotFoundError: there is none. DamagedCheckpoint: it is damaged, or in a directory all are; the message names one
@@ -59,6 +61,9 @@ def read_saved_run(wanted: Path, with_shares: bool = False) -> SavedRun:
             except DamagedCheckpoint as error:
                 passed_over[path] = error
         raise DamagedCheckpoint(f"{passed_over[files[-1]]}; so are all {len(files) - 1} others beside it")
+    if wanted.is_dir() and holds_policy(wanted):
+        policy_cfg, policy = read_policy(wanted)
+        return SavedRun(wanted / f"{NAME}.safetensors", wanted, policy, policy_cfg, passed_over)
     path = find_checkpoint(wanted)
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
     try:

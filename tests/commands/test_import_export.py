@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import Outcome, contents, d2r, empty_folder  # noqa: F401  (a fixture)
 
 from d2r_fast import NetConfig, RoutedNetwork
@@ -246,3 +246,56 @@ def test_help():
         outcome: Outcome = d2r(command, "--help")
         assert outcome.code == 0 and f"d2r {command}" in outcome.out
     assert d2r("import").code == 2
+
+
+@pytest.fixture
+def exported(tmp_path) -> Path:
+    """A directory with the policy of a run that has just begun."""
+    begin_run(tmp_path / "run", RUN, agent_of())
+    (tmp_path / "agent").mkdir()
+    assert d2r("export", "run", "--out", "agent/policy").code == 0
+    shutil.rmtree("run")
+    return Path("agent")
+
+
+def test_an_exported_policy_is_read_like_a_run(exported, tmp_path):
+    assert {path.name for path in exported.iterdir()} == {"policy.json", "policy.safetensors"}
+    outcome = d2r("eval", "agent", "--episodes", "8", "--json", "result.json")
+    assert outcome.code == 0, outcome.err
+    assert f"{exported}/policy.safetensors: 0 steps a task" in outcome.out
+    assert json.loads(Path("result.json").read_text())["tasks"] == ["reach", "drawer-close"]
+    again = d2r("export", "agent", "--out", "again")
+    assert again.code == 0, again.err
+    for ending in ("safetensors", "json"):
+        assert Path(f"again.{ending}").read_bytes() == (exported / f"policy.{ending}").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "policy.json: expected what d2r export writes, 'd2r_fast policy 1'"),
+        ({"config": None}, "policy.json: config: not a run configuration"),
+        ({"steps": -1}, "policy.json: steps: expected a count from 0 on, got -1"),
+        ("weights", "policy.safetensors: the policy"),
+        ("cut", "policy.safetensors: "),
+        ("resume", "expected a checkpoint file, or a run directory with checkpoints"),
+    ],
+    ids=str,
+)
+def test_a_policy_that_is_none_is_refused_in_a_line(exported, change, message):
+    description, weights = exported / "policy.json", exported / "policy.safetensors"
+    command = ["eval", "agent", "--episodes", "8"]
+    if isinstance(change, dict):
+        description.write_text(json.dumps(json.loads(description.read_text()) | change))
+    elif change == "weights":
+        parameters = load_file(weights)
+        parameters.pop("base.0.weight")
+        save_file(parameters, weights)
+    elif change == "cut":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    else:
+        command = ["train", "--resume", "agent"]
+    outcome = d2r(*command)
+    assert outcome.code == 1
+    assert message in outcome.err
+    assert outcome.err.startswith(f"d2r {command[0]}: ")
