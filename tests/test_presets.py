@@ -219,3 +219,16 @@ def test_a_network_comes_in_the_sizes_that_suit_the_run(kind):
             actor = Actor(MultiTaskEnvs.obs_size, MultiTaskEnvs.action_size, cfg.n_tasks, other.net)
             assert 50_000 < sum(p.numel() for p in actor.parameters()) < 90_000
     assert with_net(RunConfig(net=PRESETS["quick"][1].net), "d2r").net == PRESETS["quick"][1].net  # it has it already
+
+
+@pytest.mark.parametrize("preset", ["quick", "mt10-small"])
+def test_networks_of_a_small_preset_have_equal_sizes(preset):
+    """Within a fifth of D2R's parameters an actor; of mt10-small within a hundredth."""
+    cfg = PRESETS[preset][1]
+    counts = {
+        kind: sum(p.numel() for p in with_net(cfg, kind).net.make(39, 8, cfg.n_tasks, 1, "actor").parameters())
+        for kind in NET_CONFIGS
+    }
+    assert len(set(counts.values())) > 1
+    most = 0.2 if preset == "quick" else 0.01
+    assert all(abs(count / counts["d2r"] - 1) < most for count in counts.values()), counts
