@@ -135,3 +135,13 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All records without their clock."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name != "time"} for record in records]
+
+
+def same_run(run_dir: Path, other: Path) -> bool:
+    """Whether two runs ended with the same agent, bit for bit, and told the same but for their clocks."""
+    import torch
+
+    from d2r_fast.training.checkpoint import checkpoint_files, load_checkpoint
+
+    mine, theirs = (load_checkpoint(checkpoint_files(d)[-1])["agent"] for d in (run_dir, other))
+    return metrics(run_dir) == metrics(other) and all(torch.equal(mine[name], v) for name, v in theirs.items())

@@ -16,12 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
-from campaigns.commands import PATIENCE, Command, Counts, d2r, metrics
+from campaigns.commands import PATIENCE, Command, Counts, d2r, same_run
 
 from d2r_fast.config_json import config_to_json
 from d2r_fast.training.checkpoint import checkpoint_files, load_checkpoint
@@ -98,9 +96,7 @@ class Kills:
         if outcome.code != 0 or complaints:
             self.counts.found("lost", f"{what}: exit status {outcome.code}: {' / '.join(complaints)}")
             return
-        mine, whole = (load_checkpoint(checkpoint_files(d)[-1])["agent"] for d in (run_dir, self._whole))
-        same = all(torch.equal(mine[name], value) for name, value in whole.items())
-        if not same or metrics(run_dir) != metrics(self._whole):
+        if not same_run(run_dir, self._whole):
             self.counts.found("lost", f"{what}: not the run that was never killed")
         self.finished += 1
 

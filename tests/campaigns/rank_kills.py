@@ -19,15 +19,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
-from campaigns.commands import PATIENCE, Command, Counts, Outcome, metrics
+from campaigns.commands import PATIENCE, Command, Counts, Outcome, same_run
 
 from d2r_fast.config_json import config_to_json
-from d2r_fast.training.checkpoint import checkpoint_files, load_checkpoint
+from d2r_fast.training.checkpoint import checkpoint_files
 from d2r_fast.training.saved_run import read_saved_run
 
 RUN = dataclasses.replace(
@@ -126,9 +124,7 @@ class RankKills:
         if any(outcome.code != 0 for outcome in outcomes):
             self.counts.found("lost", f"{what}: {outcomes}")
             return
-        mine, whole = (load_checkpoint(checkpoint_files(d)[-1])["agent"] for d in (run_dir, self._whole))
-        same = all(torch.equal(mine[name], value) for name, value in whole.items())
-        if not same or metrics(run_dir) != metrics(self._whole):
+        if not same_run(run_dir, self._whole):
             self.counts.found("lost", f"{what}: not the run that was never killed")
         self.finished += 1
 
