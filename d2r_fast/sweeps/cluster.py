@@ -21,9 +21,11 @@ _QUIET = {
 # Workers exchange a few numbers; Ray refuses less.
 _OBJECT_STORE_BYTES = 80 * 2**20
 _ANSWER_SECONDS = 5.0
+# Ray gives its processes half a minute to start, which is not always enough where others use the machine.
+_ATTEMPTS = 3
 
 
-def import_ray() -> Any:
+def _import_ray() -> Any:
     """The module. ImportError, in one line: it is not installed."""
     os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
     try:
@@ -56,15 +58,15 @@ def cluster(address: str | None, cpus: int, gpus: float) -> Iterator[Any]:
     `cpus` cores and `gpus` GPUs.
     """
     check_address(address)
+    if address is None:
+        # Ray listens on every network that the machine is on: without the token, others could run code here.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    ray = _import_ray()
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     embedded = None
     if address is None:
         # Its sockets lie there, and their paths may be 107 characters long: not in a TMPDIR of any length.
         embedded = Path(tempfile.mkdtemp(prefix="d2r-ray-", dir="/tmp"))
-        # Ray listens on every network that the machine is on: without the token, others could run code here.
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    ray = import_ray()
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    if embedded is not None:
         options |= {
             "address": "local",
             "include_dashboard": False,
@@ -75,12 +77,7 @@ def cluster(address: str | None, cpus: int, gpus: float) -> Iterator[Any]:
             "_system_config": {"kill_child_processes_on_worker_exit": False},
         }
     try:
-        try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            where = f"the cluster at {address}" if address else "a cluster of this machine"
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ConnectionError(f"--address: Ray does not get {where}: {reason}") from error
+        _connect(ray, options)
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus for has in machines):
             there = "; ".join(f"{has.get('CPU', 0):g} cores, {has.get('GPU', 0):g} GPUs" for has in machines)
@@ -90,3 +87,17 @@ def cluster(address: str | None, cpus: int, gpus: float) -> Iterator[Any]:
         ray.shutdown()
         if embedded is not None:
             shutil.rmtree(embedded, ignore_errors=True)
+
+
+def _connect(ray: Any, options: dict[str, Any]) -> None:
+    local = options["address"] == "local"
+    for left in reversed(range(_ATTEMPTS if local else 1)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # of many types, some plain Exception
+            ray.shutdown()
+            if left == 0:
+                where = "does not start on this machine" if local else f"does not reach {options['address']}"
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise ConnectionError(f"Ray {where}: {reason}") from error

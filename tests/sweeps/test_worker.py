@@ -9,7 +9,7 @@ import time
 import pytest
 import tiny
 
-from d2r_fast.sweeps import leave_with_parent, worker
+from d2r_fast.sweeps import cluster, leave_with_parent, worker
 from d2r_fast.sweeps.cluster import check_address
 from d2r_fast.sweeps.folder import create_sweep
 from d2r_fast.sweeps.plan import PlannedRun
@@ -124,3 +124,37 @@ def test_an_address_where_nothing_answers_is_one_line(address):
 def test_addresses_that_may_be():
     check_address(None)
     check_address("auto")
+
+
+class FailingRay:
+    """Ray whose first so many starts fail, in as many lines as Ray's do."""
+
+    def __init__(self, failures):
+        self.failures, self.starts, self.shutdowns = failures, 0, 0
+
+    def init(self, **options):
+        self.starts += 1
+        if self.starts <= self.failures:
+            raise Exception("The current node timed out during startup.\nThis could happen")
+
+    def shutdown(self):
+        self.shutdowns += 1
+
+
+@pytest.mark.parametrize(
+    ("address", "failures", "starts", "said"),
+    [
+        ("local", 2, 3, None),
+        ("local", 9, 3, "Ray does not start on this machine: The current node timed out during startup."),
+        ("host:6379", 9, 1, "Ray does not reach host:6379: The current node timed out during startup."),
+    ],
+)
+def test_a_cluster_of_this_machine_is_started_again(address, failures, starts, said):
+    ray = FailingRay(failures)
+    if said is None:
+        cluster._connect(ray, {"address": address})
+    else:
+        with pytest.raises(ConnectionError) as caught:
+            cluster._connect(ray, {"address": address})
+        assert str(caught.value) == said
+    assert (ray.starts, ray.shutdowns) == (starts, min(failures, starts))
