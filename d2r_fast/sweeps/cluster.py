@@ -94,6 +94,8 @@ def _connect(ray: Any, options: dict[str, Any]) -> None:
     for left in reversed(range(_ATTEMPTS if local else 1)):
         try:
             ray.init(**options)
+            # Else a machine that is lost fills the terminal; the run that it had tells of it.
+            ray._private.worker._worker_logs_enabled = False
             return
         except Exception as error:  # of many types, some plain Exception
             ray.shutdown()

@@ -76,7 +76,8 @@ class Driver:
         except errors.RayTaskError as error:
             run.failure = str(error.cause)
         except errors.RayError as error:
-            run.failure = f"its worker was lost: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
+            first_sentence = str(error).strip().split("\n")[0].split(". ")[0]
+            run.failure = f"its worker was lost: {first_sentence or type(error).__name__}"
         else:
             if status != 0 and not self._stop_requested:
                 run.failure = worker.how_it_ended(status, self._sweep.log(run.name))

@@ -34,7 +34,7 @@ def train(folder: str, sweep_id: str, log: str, args: list[str], cpus: int, gpus
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env=os.environ | _resources(cpus, gpus),
+            env=os.environ | _resources(cpus, gpus) | {"PYTHONUNBUFFERED": "1"},  # what a killed run said is there
             start_new_session=True,  # Ctrl-C in the terminal is for the sweep, which then asks its runs to stop
         )
         try:

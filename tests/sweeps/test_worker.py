@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -131,6 +132,7 @@ class FailingRay:
 
     def __init__(self, failures):
         self.failures, self.starts, self.shutdowns = failures, 0, 0
+        self._private = SimpleNamespace(worker=SimpleNamespace())
 
     def init(self, **options):
         self.starts += 1
