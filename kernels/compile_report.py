@@ -39,7 +39,7 @@ ALIGNED = ("n_weights", "n_biases", "n", "targets_begin", "n_targets")
 """Whole numbers that the launcher finds to be multiples of 16 at every size here."""
 TYPES = {
     "*i32": ("index_ptr", "given_ptr", "active_ptr", "list_ptr"),
-    "*i64": ("size_ptr", "step_ptr", "table_ptr", "order_ptr", "place_ptr", "task_ptr", "line_ptr"),
+    "*i64": ("size_ptr", "step_ptr", "table_ptr", "order_ptr", "place_ptr", "task_ptr", "line_ptr", "member_ptr"),
     "*u8": ("route_ptr", "routes_ptr"),
     "*i1": ("opened_ptr", "flow_ptr", "ended_ptr"),
     "*fp64": ("share_ptr", "corrections_ptr"),

@@ -6,6 +6,7 @@ call does not say by its sizes is rounded up. ValueError: a call that nothing is
 
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -53,6 +54,10 @@ def work_of(call: Call) -> Work:
     if call.kernel is None:
         return _of_torch(call)
     name = call.name.removesuffix("_kernel (Triton)")
+    if name in _WHOLE:
+        whole = import_module("d2r_fast.kernels.whole_work")  # which is made of what is here
+        of_whole: Work = getattr(whole, _WHOLE[name])(call)
+        return of_whole
     if name in _SPECIAL:
         return _SPECIAL[name](call)
     if name in _ONCE:
@@ -66,7 +71,6 @@ _ONCE: dict[str, tuple[tuple[str, ...], int, int]] = {
     "gumbel": (("noise_ptr",), 1, 0),
     "squashed_normal_fwd": (("action_ptr", "logp_ptr"), 1, 1),
     "squashed_normal_bwd": (("d_out_ptr",), 1, 0),
-    "weight_gradient_reduce": (("d_weight_ptr", "d_bias_ptr"), 1, 0),
     "split_base": (("scaled_ptr", "opened_ptr"), 3, 0),
     "split_base_bwd": (("d_f_ptr", "d_g_ptr"), 3, 0),
     "select_routes_fwd": (("index_ptr", "gate_ptr", "flow_ptr", "active_ptr"), 2, 30),
@@ -236,6 +240,17 @@ def _weight_gradient(call: Call) -> Work:
     return Work(accesses, flop, 2 + 2 * chunks, chunks, listed, chunks, 2 + chunks)
 
 
+def _weight_gradient_reduce(call: Call) -> Work:
+    """Sums of all splits' parts; what is written may lie in a larger buffer."""
+    a = call.arguments
+    parts = [(a["weight_part_ptr"], a["d_weight_ptr"]), (a["bias_part_ptr"], a["d_bias_ptr"])]
+    accesses = []
+    for part, whole in parts:
+        written = min(whole.n_bytes, part.n_bytes / a["N_SPLITS"])
+        accesses += _part(part, part.n_bytes) + _part(whole, written, written=True)
+    return Work(accesses)
+
+
 def _row_order(call: Call) -> Work:
     a = call.arguments
     n_bytes = a["active_ptr"].n_bytes
@@ -260,6 +275,7 @@ def _adam(call: Call) -> Work:
     return Work(_once(call, written), loads=3, reductions=1)
 
 
+_WHOLE = {"whole_network_fwd": "forward", "whole_network_bwd": "backward"}
 _SPECIAL: dict[str, Callable[[Call], Work]] = {
     "ensemble_linear_fwd": _linear_fwd,
     "ensemble_linear_bwd": _linear_bwd,
@@ -267,6 +283,7 @@ _SPECIAL: dict[str, Callable[[Call], Work]] = {
     "routed_modules_fwd": _routed_fwd,
     "routed_modules_bwd": _routed_bwd,
     "weight_gradient": _weight_gradient,
+    "weight_gradient_reduce": _weight_gradient_reduce,
     "row_order": _row_order,
     "replay_rows": _replay_rows,
     "optimiser_adam": _adam,
