@@ -63,7 +63,7 @@ class Run(NamedTuple):
 def read_run(path: Path, until: int | None = None) -> Run:
     """A run as it was after `until` steps a task; None: at its end.
 
-    ValueError: not a run, one that is not finished, or without evaluations by then.
+    ValueError: not a run, one that has not come so far, or without evaluations by then.
     """
     cfg = load_config(str(path / "config.json"))
     try:
@@ -73,8 +73,11 @@ def read_run(path: Path, until: int | None = None) -> Run:
     if not evals:
         raise ValueError(f"{path}: no evaluation in metrics.jsonl yet")
     last_step = cfg.warmup_steps + cfg.total_steps
-    if evals[-1]["steps"] != last_step:
-        raise ValueError(f"{path}: not finished: last evaluation at step {evals[-1]['steps']:,} of {last_step:,}")
+    if evals[-1]["steps"] < (last_step if until is None else min(until, last_step)):
+        raise ValueError(
+            f"{path}: not finished: last evaluation at step {evals[-1]['steps']:,} of {last_step:,}; --until looks at "
+            "what runs have in common"
+        )
     if until is not None:
         evals = [record for record in evals if record["steps"] <= until]
         if not evals:

@@ -225,6 +225,10 @@ def test_runs_of_other_lengths_are_compared_over_what_they_share(tmp_path):
     assert groups_of(short, run, until=STEPS[-1]) == {"d2r": [0, 1]}
     with pytest.raises(ValueError, match="no evaluation within its first 49 steps"):
         read_run(run, until=49)
+    unfinished = write_run(tmp_path / "unfinished", CURVE[:2], 2)
+    assert groups_of(short, unfinished, until=70) == {"d2r": [0, 2]}
+    with pytest.raises(ValueError, match="not finished: last evaluation at step 70 of 100"):
+        read_run(unfinished, until=71)
 
 
 def test_runs_are_found_in_a_directory_of_them(tmp_path):
