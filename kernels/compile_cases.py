@@ -82,17 +82,20 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
 
 
 def cases_of_whole_networks() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
-    """As `cases`: whole networks of the published sizes, as an update runs them first, when the actor acts and the
-    critics sample, and last, back from the actor's actions."""
+    """As `cases`: whole networks of the published sizes in an update's four launches: the actor acts along given
+    routes, critics sample theirs; back from these to the actions, and from there through the actor."""
     cfg = SimpleNamespace(n_modules=16, top_k=2, module_width=128, base_width=400, route_widths=(256, 256))
     cfg.n_logits, cfg.residual = 136, True
+    acts = dict.fromkeys(("temperature_ptr", "noise_ptr")) | {"RESROUTING": True, "TINY": None}
+    judges = dict.fromkeys(("given_ptr", "normal_ptr")) | {"RESROUTING": True, "TINY": 1.1754943508222875e-38}
+    to_actions = {"N_CRITICS": 2} | dict.fromkeys(("normal_ptr", "d_logp_ptr"))
     for cfg.precision in PRECISIONS:
-        forward = whole_launch(cfg, 10, N_OBS + N_ACTIONS, N_ACTIONS, backward=False)
-        flags: dict[str, Any] = {"RESROUTING": True, "TINY": 1.1754943508222875e-38}
-        yield "whole_network_fwd", "N16-K2-D128", cfg.precision, whole_network_fwd_kernel, forward | flags
-        backward = whole_launch(cfg, 10, N_OBS + N_ACTIONS, N_ACTIONS, backward=True)
-        flags = {"N_CRITICS": 2, "d_out_ptr": None}
-        yield "whole_network_bwd", "N16-K2-D128", cfg.precision, whole_network_bwd_kernel, backward | flags
+        launch = whole_launch(cfg, 10, N_OBS + N_ACTIONS, N_ACTIONS, backward=False)
+        yield "whole_network_fwd", "actor", cfg.precision, whole_network_fwd_kernel, launch | acts
+        yield "whole_network_fwd", "critics", cfg.precision, whole_network_fwd_kernel, launch | judges
+        launch = whole_launch(cfg, 10, N_OBS + N_ACTIONS, N_ACTIONS, backward=True)
+        yield "whole_network_bwd", "critics", cfg.precision, whole_network_bwd_kernel, launch | to_actions
+        yield "whole_network_bwd", "actor", cfg.precision, whole_network_bwd_kernel, launch | {"N_CRITICS": 2}
 
 
 def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:

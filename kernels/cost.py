@@ -172,7 +172,7 @@ def predict(call: Call, card: Card, cached: Cache, resources: Resources | None) 
     if resources is not None:
         resident = resources.resident(call.arguments["num_warps"])
         waves = ceil(programs / (resident * card.multiprocessors))
-        steps, chain = _chain(work, resources, precision, card)
+        steps, chain = _chain(work, programs, resources, precision, card)
     # The busiest multiprocessor decides, where programs do not divide among them.
     uneven = ceil(programs / card.multiprocessors) * card.multiprocessors / programs if programs else 1.0
     times = {
@@ -209,14 +209,16 @@ def _rate(precision: str, resources: Resources | None, card: Card) -> float:
     return of_tensor_cores[precision] * (card.wgmma if "HGMMA" in resources.product else card.mma)
 
 
-def _chain(work: Work, resources: Resources, precision: str, card: Card) -> tuple[int, float]:
+def _chain(work: Work, programs: int, resources: Resources, precision: str, card: Card) -> tuple[int, float]:
     """Dependent steps of one program, and the seconds that they take."""
     # Copies that are under way during a product hide their latency behind it.
     loads = work.loads + (0 if resources.in_flight > 0 else work.chunks)
     barriers = max(work.passes, 1) * resources.barriers
     instruction = resources.product.split("+")[0]
     terms = work.depth * TERM_CYCLES.get(instruction, {}).get(precision, 0.0)
-    cycles = work.chunks * card.chunk_cycles + terms
+    # A wide tile waits for the units that make its products, of which it has a multiprocessor's, not for each result.
+    of_units = work.flop / programs / (_rate(precision, resources, card) / card.multiprocessors) * card.clock
+    cycles = work.chunks * card.chunk_cycles + max(terms, of_units)
     cycles += barriers * card.barrier_cycles + work.reductions * card.reduction_cycles
     steps = loads + work.chunks + barriers + work.reductions
     return round(steps), loads * card.l2_latency + cycles / card.clock

@@ -153,8 +153,8 @@ def whole_network_fwd_kernel(
 
     WIDTHS: of what the routing network's layers read and give, from H to N(N+1)/2 logits. index, gate and flow
     [members,B,N,K], active [members,B], h and opened [members,N,B,D] by a member's NUMBER. TINY: the noise is uniform
-    yet, and temperatures are those of the tasks. normal [2B,A]: the actor's two members, which come first in out, go on
-    to their actions, behind their observations in x, and to the log probabilities of these.
+    yet, and temperatures are those of the tasks. normal [2B,A]: the members are the actor's, which come first in out
+    and go on to their actions, behind their observations in x, and to the log probabilities of these.
     """
     line_ptr += tl.program_id(1) * COLUMNS
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
@@ -249,11 +249,10 @@ def whole_network_fwd_kernel(
     )  # fmt: skip
     own_ptr = out_ptr + tl.load(line_ptr + _OUT_AT)
     tl.store(own_ptr + (row * n_out)[:, None] + out[None, :], y, mask=inside[:, None] & (out < n_out)[None, :])
-    if normal_ptr is not None:  # noqa: SIM102 (decided when the kernel is compiled)
-        if number < N_ACTING:
-            tl.debug_barrier()
-            x_ptr += tl.load(line_ptr + _X_AT) + n_in
-            act(out_ptr, normal_ptr, x_ptr, logp_ptr, number * n_rows + row, inside, row * X_STRIDE, A, BLOCK_A)
+    if normal_ptr is not None:
+        tl.debug_barrier()
+        x_ptr += tl.load(line_ptr + _X_AT) + n_in
+        act(out_ptr, normal_ptr, x_ptr, logp_ptr, number * n_rows + row, inside, row * X_STRIDE, A, BLOCK_A)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -270,8 +269,8 @@ def whole_network_bwd_kernel(
     """Grid (cdiv(B, BLOCK_ROWS), members); a program owns its rows of everything that is written, so no atomics.
 
     d_gate [back,B,N,K] and the adjoints [back,N,B,D] by a member's BACK, as `routed_modules_bwd_kernel` leaves them.
-    normal [2B,A]: it is the actor, whose gradient begins at its actions: a sum of what all critics left in
-    d_x [N_CRITICS,B,X_STRIDE], and d_logp [B]; d_out is not read then.
+    normal [2B,A]: the actor is among the members. Its gradient begins at its actions: a sum of what all critics left in
+    d_x [N_CRITICS,B,X_STRIDE] in a launch before, and d_logp [B].
     """
     line_ptr += tl.program_id(1) * COLUMNS
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
@@ -287,17 +286,19 @@ def whole_network_bwd_kernel(
     # The head's gradient is kept among the others, where that of its weight is made of them.
     out, col = tl.arange(0, BLOCK_HEAD), tl.arange(0, BLOCK_D)
     head_ptr = d_z_ptr + tl.load(line_ptr + GRADIENTS + 5 + N_HIDDEN)
-    if normal_ptr is not None:
-        act_back(
-            d_x_ptr + n_in, d_logp_ptr, out_ptr, normal_ptr, x_ptr + tl.load(line_ptr + _X_AT) + n_in, head_ptr,
-            row, inside, row * X_STRIDE, n_rows.to(tl.int64) * X_STRIDE, row * X_STRIDE, N_CRITICS, A, BLOCK_A,
-        )  # fmt: skip
-        tl.debug_barrier()
-        d_out = load_tile(head_ptr, row, inside, out, n_out, n_out)
-    else:
+    acts = number < N_ACTING
+    if normal_ptr is not None:  # noqa: SIM102 (decided when the kernel is compiled)
+        if acts:
+            act_back(
+                d_x_ptr + n_in, d_logp_ptr, out_ptr, normal_ptr, x_ptr + tl.load(line_ptr + _X_AT) + n_in, head_ptr,
+                row, inside, row * X_STRIDE, n_rows.to(tl.int64) * X_STRIDE, row * X_STRIDE, N_CRITICS, A, BLOCK_A,
+            )  # fmt: skip
+    if not acts:
         d_out = load_tile(d_out_ptr + tl.load(line_ptr + _D_OUT_AT), row, inside, out, n_out, n_out)
         mask_out = inside[:, None] & (out < n_out)[None, :]
         tl.store(head_ptr + (row * n_out)[:, None] + out[None, :], d_out, mask=mask_out)
+    tl.debug_barrier()
+    d_out = load_tile(head_ptr, row, inside, out, n_out, n_out)
     weight = load_tile(parameters_ptr + _at(line_ptr, MODULES + 4, D), out.to(tl.int64), out < n_out, col, D, D)
     d_mixed = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
     d_mixed = rounded_product(d_out, weight, d_mixed, PRECISION)
@@ -441,12 +442,12 @@ def forward(
 
 
 def backward(
-    x: Tensor, d_out: Tensor | None, out: Tensor, normal: Tensor | None, d_logp: Tensor | None, parameters: Tensor,
+    x: Tensor, d_out: Tensor, out: Tensor, normal: Tensor | None, d_logp: Tensor | None, parameters: Tensor,
     lines: Tensor, task: Tensor, kept: Tensor, routes: tuple[Tensor, ...], h: Tensor, opened: Tensor, d_z: Tensor,
     d_x: Tensor, d_gate: Tensor, to_relu: Tensor, to_residual: Tensor, launch: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Goes back through the members of these lines to d_z, and to d_x where a line asks for it: from d_out, or with
-    normal and d_logp, of the actor, from d_x as the critics left it."""
+    """Goes back through the members of these lines to d_z, and to d_x where a line asks for it: from d_out, or of the
+    actor, which is among them if there are normal and d_logp, from d_x as the critics left it in a call before."""
     check_dtype("x", x)
     n_rows = len(task)
     if n_rows > 0:

@@ -113,7 +113,6 @@ def forward(call: Call) -> Work:
 
 def backward(call: Call) -> Work:
     a, (n_rows, n_tiles, at, n) = call.arguments, _sizes(call)
-    first = min(BACK[at : at + n])
     hidden, width, n_modules, k = a["H"], a["D"], a["N"], a["K"]
     block, depth = a["BLOCK_OUT"], a["BLOCK_DEPTH"]
     narrow = min(depth, a["BLOCK_D"])
@@ -121,26 +120,26 @@ def backward(call: Call) -> Work:
     layers = [Layer(a["BLOCK_HEAD"], width, a["BLOCK_D"], a["BLOCK_HEAD"])]
     layers += [Layer(n_out, n_in, block, depth) for n_in, n_out in zip(a["WIDTHS"], a["WIDTHS"][1:], strict=False)]
     layers += [Layer(width, hidden, block, narrow), Layer(hidden, hidden, block, depth)]
-    if a["d_out_ptr"] is not None:  # critics at the actor's actions, half of them, go on to these
+    if a["normal_ptr"] is None:  # critics at the actor's actions, which go on to these
         layers += [Layer(hidden, a["BLOCK_IN"], a["BLOCK_IN"], depth)]
     accesses, flop = _linear(layers, a["parameters_ptr"], n_rows, n_tiles, n)
-    read = sum(layer.row_traffic for layer in layers) * n_rows * n
-    kept, d_z = _of_members(a["kept_ptr"], first, n), _of_members(a["d_z_ptr"], at, n, len(BACK))
-    accesses += [Access(kept, kept.n_bytes, read, False), Access(d_z, 0.0, read, False)]
-    accesses += [Access(d_z, d_z.n_bytes, d_z.n_bytes, True)]
-    for name in ("index_ptr", "gate_ptr", "flow_ptr", "active_ptr"):
-        part = _of_members(a[name], first, n)
-        accesses.append(Access(part, part.n_bytes, part.n_bytes, False))
-    # The modules, as `work._routed_bwd` has them.
+    read = sum(layer.row_traffic for layer in layers) * n_rows
     shares = route_shares(n_modules, k, n_rows, a["BLOCK_ROWS"], False)
-    row = FLOAT * n * n_rows * width
+    row = FLOAT * n_rows * width  # of one member
     runs, pushed = shares.active * row, (shares.active + 1) * row * k
-    h, opened = _of_members(a["h_ptr"], first, n), _of_members(a["opened_ptr"], first, n)
+    for number in BACK[at : at + n]:
+        kept, h, opened = (_of_members(a[name], number, 1) for name in ("kept_ptr", "h_ptr", "opened_ptr"))
+        routes = [_of_members(a[name], number, 1) for name in ("index_ptr", "gate_ptr", "flow_ptr", "active_ptr")]
+        accesses += [Access(kept, kept.n_bytes, read, False), Access(h, runs + row, pushed, False)]
+        accesses += [Access(opened, runs / FLOAT, runs / FLOAT, False)]
+        accesses += [Access(part, part.n_bytes, part.n_bytes, False) for part in routes]
+    d_z = _of_members(a["d_z_ptr"], at, n, len(BACK))
+    accesses += [Access(d_z, 0.0, read * n, False), Access(d_z, d_z.n_bytes, d_z.n_bytes, True)]
+    # The modules, as `work._routed_bwd` has them.
     weights = FLOAT * n * (n_modules - 1) * width * width
     accesses += [Access(a["parameters_ptr"], 0.0, weights * n_tiles * shares.touched / (n_modules - 1), False)]
-    accesses += [Access(h, runs + row, pushed, False), Access(opened, runs / FLOAT, runs / FLOAT, False)]
     for name in ("to_relu_ptr", "to_residual_ptr")[: 2 if a["RESIDUAL"] else 1]:
         part = _of_members(a[name], at, n, len(BACK))
-        accesses += [Access(part, 0.0, pushed + runs, False), Access(part, runs + row, pushed, True)]
+        accesses += [Access(part, 0.0, n * (pushed + runs), False), Access(part, n * (runs + row), n * pushed, True)]
     flop += 2.0 * n_tiles * n * shares.touched * a["BLOCK_ROWS"] * a["BLOCK_D"] ** 2
     return _work(accesses, flop, layers, shares, a, of_module=k + 2)

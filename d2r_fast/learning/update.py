@@ -239,8 +239,8 @@ class Update:
         if layout is None:
             layout = self._layouts[sizes] = Layout(agent, self.flat, rows.x, sampled=sizes[-1])
         networks = WholeNetworks(layout, self.flat, rows.x, task[:n], draws.noise)
-        logp = networks.act(rows.route, draws.critic_choice, draws.route_uniform, agent.route_temp)
-        q, target_q = networks.judge()
+        logp = networks.act(rows.route)
+        q, target_q = networks.judge(draws.critic_choice, draws.route_uniform, agent.route_temp)
         loss = self._losses(q, target_q, logp, rows)
         networks.go_back(loss.d_q, loss.d_logp)
         return loss.losses

@@ -1,8 +1,10 @@
 """The gradient of an update's D2R networks on a GPU with whole networks in a launch, forward and backward.
 
-Two launches forward, {actor at obs, actor at next_obs, critics at the actions taken} and {critics at the actor's
-actions, targets}, for the second needs the actions that the first gives; two backward, critics and actor; and the
-gradients of all weights at the end. `d2r_fast.learning.layered` does the same layer by layer.
+Two launches forward, {actor at obs, actor at next_obs} and {critics at the actions taken, critics at the actor's,
+targets}, for the second needs the actions that the first gives; two backward, {critics at the actor's actions} and
+{critics at those taken, actor}, likewise; and the gradients of all weights at the end. What could be in either launch
+is where it fills the device: at MT10, tiles of 2, 6, 2 and 3 members are 1, 2, 1 and 1 for a multiprocessor of 132, and
+4, 4, 4 and 1 would be 2, 2, 2 and 1. `d2r_fast.learning.layered` does the same layer by layer.
 """
 
 from importlib import import_module
@@ -25,8 +27,8 @@ _gradient_table, _network_gradient = (launcher("network_gradient", f) for f in (
 ACTOR_NOW, ACTOR_NEXT, TAKEN, FROZEN, TARGETS = 0, 1, 2, 2 + N_CRITICS, 2 + 2 * N_CRITICS
 N_MEMBERS = 2 + 3 * N_CRITICS
 # Which of them go back, in the order of their gradients.
-BACK = (*range(TAKEN, TAKEN + 2 * N_CRITICS), ACTOR_NOW)
-TRAINED = (ACTOR_NOW, *range(TAKEN, TAKEN + N_CRITICS))
+BACK = (*range(FROZEN, TARGETS), *range(TAKEN, FROZEN), ACTOR_NOW)
+TRAINED = (ACTOR_NOW, *range(TAKEN, FROZEN))
 
 
 class Member(NamedTuple):
@@ -108,8 +110,7 @@ class Layout:
             if number == ACTOR_NOW:
                 choice = kernels.GIVEN
             elif number in range(TAKEN, FROZEN):
-                # Behind the actor's, where they are given too.
-                choice, choice_at = (kernels.SAMPLED, critic) if sampled else (kernels.GIVEN, 1 + critic)
+                choice, choice_at = kernels.SAMPLED if sampled else kernels.GIVEN, critic
             layers = _layers_of(member.net)
             begins = [
                 int(p.storage_offset()) + member.number * p[0].numel()
@@ -187,19 +188,18 @@ class WholeNetworks:
         self._h = x.new_empty(N_MEMBERS, n, n_rows, width)
         self._opened = torch.empty_like(self._h, dtype=torch.bool)
 
-    def act(self, given: Tensor, critics: RouteChoice, uniform: Tensor | None, route_temp: Tensor) -> Tensor:
+    def act(self, given: Tensor) -> Tensor:
         """Write the actor's actions into x, at obs along the routes given [1,B,N,K] and at next_obs; returns their log
-        probabilities [2B]. The critics run beside it, along sampled or given routes: by `critics`, or by uniform noise
-        [E,B,R] and the tasks' temperatures [T]."""
-        temperature, noise = (critics.temperature, critics.noise) if uniform is None else (route_temp, uniform)
-        if critics.index is not None:
-            given = torch.cat([given.to(critics.index.dtype), critics.index])
-        self._run(ACTOR_NOW, FROZEN, temperature, noise, given, self._normal, uniform is not None)
+        probabilities [2B]."""
+        self._run(ACTOR_NOW, TAKEN, None, None, given, self._normal)
         return self._logp
 
-    def judge(self) -> tuple[Tensor, Tensor]:
-        """The critics' values [E,2B] of the actions taken and of the actor's, and the targets' [E,B] at next_obs."""
-        self._run(FROZEN, N_MEMBERS, None, None, None, None, False)
+    def judge(self, critics: RouteChoice, uniform: Tensor | None, route_temp: Tensor) -> tuple[Tensor, Tensor]:
+        """The critics' values [E,2B] of the actions taken and of the actor's, and the targets' [E,B] at next_obs. At
+        the actions taken they run along sampled or given routes: by `critics`, or by uniform noise [E,B,R] and the
+        tasks' temperatures [T]."""
+        temperature, noise = (critics.temperature, critics.noise) if uniform is None else (route_temp, uniform)
+        self._run(TAKEN, N_MEMBERS, temperature, noise, critics.index, None, uniform is not None)
         layout, n_rows = self._layout, len(self._task)
         q = self._outs[layout.q :][: N_CRITICS * 2 * n_rows].view(N_CRITICS, 2 * n_rows)
         return q, self._outs[layout.target_q :][: N_CRITICS * n_rows].view(N_CRITICS, n_rows)
@@ -213,10 +213,10 @@ class WholeNetworks:
         to_residual = torch.empty_like(to_relu) if cfg.residual else like.new_empty(0)
         d_x = like.new_empty(N_CRITICS, n_rows, layout.members[TAKEN].net.n_in)
         rest = self._kept, self._routes, self._h, self._opened, d_z, d_x, d_gate, to_relu, to_residual
-        critics, actor = layout.back_lines[:-1], layout.back_lines[-1:]
+        frozen, trained = layout.back_lines[:N_CRITICS], layout.back_lines[N_CRITICS:]
         own = flat.all, layout.launches[1]
-        _backward(self._x, d_q, self._outs, None, None, own[0], critics, self._task, *rest, own[1])
-        _backward(self._x, None, self._outs, self._normal, d_logp, own[0], actor, self._task, *rest, own[1])
+        _backward(self._x, d_q, self._outs, None, None, own[0], frozen, self._task, *rest, own[1])
+        _backward(self._x, d_q, self._outs, self._normal, d_logp, own[0], trained, self._task, *rest, own[1])
         index, gate, _, active = self._routes
         if cfg.n_modules > 1:
             _modules_gradient(
@@ -225,7 +225,9 @@ class WholeNetworks:
         # What its d_out stands for lies in d_z.
         _network_gradient(self._kept, self._x, d_z, d_z, flat.gradient, layout.table, n_rows, cfg.precision)
 
-    def _run(self, first: int, last: int, temperature: Any, noise: Any, given: Any, normal: Any, uniform: bool) -> None:
+    def _run(
+        self, first: int, last: int, temperature: Any, noise: Any, given: Any, normal: Any, uniform: bool = False
+    ) -> None:
         layout, cfg = self._layout, self._cfg
         _forward(
             *(self._x, self._flat.all, layout.lines[first:last], self._task, temperature, noise, given, normal),
