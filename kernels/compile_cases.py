@@ -1,6 +1,7 @@
 """The kernels as they are launched at published sizes, the largest and the narrowest, for `compile_report`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ from d2r_fast.kernels.squashed_normal import (
 from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_kernel, weight_gradient_reduce_kernel
 from d2r_fast.kernels.whole_network import whole_launch, whole_network_bwd_kernel, whole_network_fwd_kernel
 from d2r_fast.ops.backends import PRECISIONS
+from d2r_fast.ops.layer_gradients import Product, Rows
 
 SIZES = ((16, 2, 128), (32, 4, 256))  # N, K, D: as published; and the largest that the tile sizes are chosen for
 NARROW = ((5, 2, 16), (5, 2, 17))  # so narrow, or odd, that a thread holds one feature of a row: see `uneven_sums`
@@ -36,15 +38,28 @@ LAYERS = ((N_OBS + N_ACTIONS, 400), (400, 400), (256, 136), (128, 1))
 """Inputs and outputs: the first layer, whose rows are not 16-byte aligned, the largest, the logits, the value."""
 
 
+_WALKS = {"routed_modules_fwd": routed_modules_fwd_kernel, "routed_modules_bwd": routed_modules_bwd_kernel}
+
+
+def _of_networks(launch_of: Callable[..., dict[str, Any]], *sizes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each launch that differs for one to six networks, as many as an update has in one; and what to call it."""
+    seen: list[dict[str, Any]] = []
+    for n_nets in (1, 2, 4, 6):
+        launch = launch_of(n_nets, *sizes)
+        if launch not in seen:
+            seen.append(launch)
+            yield f"-E{n_nets}" if len(seen) > 1 else "", launch
+
+
 def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     """Label, size, precision, kernel, and what the launcher passes besides tensors and row counts (None: no tensor)."""
     for n, k, d in SIZES:
         size = f"N{n}-K{k}-D{d}"
         for precision in PRECISIONS:
-            forward = walk_launch("routed_modules_fwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
-            backward = walk_launch("routed_modules_bwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
-            yield "routed_modules_fwd", size, precision, routed_modules_fwd_kernel, forward
-            yield "routed_modules_bwd", size, precision, routed_modules_bwd_kernel, backward
+            for name, kernel in _WALKS.items():
+                for which, launch in _of_networks(partial(walk_launch, name, precision, n, k, d), ROWS):
+                    flags = {"RESIDUAL": True, "order_ptr": None}
+                    yield name, size + which, precision, kernel, launch | flags
             launch = gradient_launch(precision, n, k, d, ROWS) | {"STEP": 2, "member_ptr": None}
             yield "weight_gradient", size, precision, weight_gradient_kernel, launch
         shared = route_launch(n, k)
@@ -59,8 +74,9 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         yield "select_routes_bwd", size, "float32", select_routes_bwd_kernel, shared
     for n, k, d in NARROW:
         for precision in PRECISIONS:
-            backward = walk_launch("routed_modules_bwd", precision, n, k, d) | {"RESIDUAL": True, "order_ptr": None}
-            yield "routed_modules_bwd", f"N{n}-K{k}-D{d}", precision, routed_modules_bwd_kernel, backward
+            backward = walk_launch("routed_modules_bwd", precision, n, k, d, 1, ROWS)
+            flags = {"RESIDUAL": True, "order_ptr": None}
+            yield "routed_modules_bwd", f"N{n}-K{k}-D{d}", precision, routed_modules_bwd_kernel, backward | flags
     n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS)["SPLIT_ROWS"])
     reduce = {"N_SPLITS": n_splits, "member_ptr": None} | REDUCE_LAUNCH
     yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
@@ -109,15 +125,21 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
     for n_in, n_out in LAYERS:
         for precision in PRECISIONS:
             for name, kernel in kernels.items():
-                launch = ensemble_linear.linear_launch(name, precision, n_in, n_out, ROWS)
                 shared = n_in == N_OBS + N_ACTIONS
                 flags: dict[str, Any] = {"SHARED": shared, "RELU": n_out > 1}
                 flags |= {"place_ptr": None} if shared and name != "gradient" else {}
                 flags |= {"bwd": {"E": 2, "FIRST": 0, "STEP": 1}, "fwd": {"X_STRIDE": n_in}}.get(name, {})
-                yield f"ensemble_linear_{name}", f"{n_in}to{n_out}", precision, kernel, launch | flags
+                launch_of = partial(ensemble_linear.linear_launch, name, precision, n_in, n_out, ROWS)
+                for which, launch in _of_networks(launch_of):
+                    yield f"ensemble_linear_{name}", f"{n_in}to{n_out}{which}", precision, kernel, launch | flags
+    rows = Rows(False, 0, 400, 0)
     for precision in PRECISIONS:
-        launch = network_gradient.gradient_launch(precision, ROWS)
-        yield "network_gradient", "any", precision, network_gradient.network_gradient_kernel, launch
+        for which, launch in _of_networks(
+            lambda n, precision=precision: network_gradient.gradient_launch(
+                [Product(rows, False, 0, 400, 400, 0)] * 2 * n, precision, ROWS
+            )
+        ):
+            yield "network_gradient", f"any{which}", precision, network_gradient.network_gradient_kernel, launch
 
 
 def cases_of_the_update() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:

@@ -57,7 +57,8 @@ class Row(NamedTuple):
     copies       from global straight to shared memory, likewise
     in_flight    groups of copies that are still under way while a product is made: 0 where each is awaited before the
                  product that needs it and the next is issued after it, though there may be room for two
-    barriers     in the code, of all threads of a program
+    once, a_pass, a_chunk  barriers of all threads of a program: in no loop; in loops, but for those of a product; in
+                 one of these, the mean of them
     uneven       sums that differ between threads: see `uneven_sums`
     product      the instruction of the products
     """
@@ -74,7 +75,9 @@ class Row(NamedTuple):
     copies: int
     wide_copies: int
     in_flight: int
-    barriers: int
+    once: int
+    a_pass: int
+    a_chunk: int
     uneven: int
     product: str
 
@@ -113,7 +116,7 @@ def compile_kernel(label: str, size: str, precision: str, kernel: Any, launch: d
         copies=len(copies),
         wide_copies=sum(".128" in op for op in copies),
         in_flight=copies_in_flight(compiled.asm["ptx"]),
-        barriers=sum(op.startswith("BAR.SYNC") for op in code),
+        **barriers_by_loop(compiled.asm["ptx"]),
         uneven=uneven_sums(compiled.asm["ptx"]),
         product="+".join(kinds),
     )
@@ -135,6 +138,29 @@ def copies_in_flight(ptx: str) -> int:
         else:
             most = max(most, pending)
     return most
+
+
+def barriers_by_loop(ptx: str) -> dict[str, int]:
+    """How many barriers stand where, as `Row` has them. A loop is what lies between a label and a branch back to it;
+    one of a product makes some, and no loop within it does."""
+    lines = ptx.splitlines()
+    label = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"(\$L\w+):", line))}
+    jumps = [(at, found[1]) for at, line in enumerate(lines) if (found := re.search(r"\sbra\S*\s+(\$L\w+);", line))]
+    loops = [(label[to], at) for at, to in jumps if label[to] <= at]
+    tensor_cores = [at for at, line in enumerate(lines) if "mma.sync" in line or "wgmma.mma_async" in line]
+    products = tensor_cores or [at for at, line in enumerate(lines) if "fma.rn.f32" in line]
+    making = [(first, last) for first, last in loops if sum(first <= at <= last for at in products) >= 4]
+    innermost = [
+        (first, last)
+        for first, last in making
+        if not any(first <= a and b <= last for a, b in making if (a, b) != (first, last))
+    ]
+    counts = {"once": 0, "a_pass": 0, "a_chunk": 0}
+    for at in (at for at, line in enumerate(lines) if "bar.sync" in line or "barrier.sync" in line):
+        of_product = any(first <= at <= last for first, last in innermost)
+        in_loop = any(first <= at <= last for first, last in loops)
+        counts["a_chunk" if of_product else "a_pass" if in_loop else "once"] += 1
+    return counts | {"a_chunk": -(-counts["a_chunk"] // max(1, len(innermost)))}
 
 
 def uneven_sums(ptx: str) -> int:
@@ -182,7 +208,7 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: an interpreted kernel is not compiled; unset it")
     print(f"triton {triton.__version__}, sm_90, B={ROWS}; shared memory is at most {MAX_SHARED}")
-    line = "{:26} {:12} {:9} {:>9} {:>5} {:>9} {:>6} {:>5} {:>10} {:>6} {:>11} {:>9} {:>8} {:>6} {}"
+    line = "{:26} {:12} {:9} {:>9} {:>5} {:>9} {:>6} {:>5} {:>10} {:>6} {:>11} {:>9} {:>4} {:>6} {:>7} {:>6} {}"
     print(line.format(*Row._fields))
     rows = []
     for case in cases():

@@ -84,7 +84,9 @@ class Resources(NamedTuple):
 
     registers: int
     shared: int
-    barriers: int
+    once: int
+    a_pass: int
+    a_chunk: int
     in_flight: int
     product: str
 
@@ -147,7 +149,7 @@ class Cache:
 @cache
 def _compiled(kernel: Any, launch: tuple[tuple[str, Any], ...]) -> Resources:
     row = compile_kernel("", "", "", kernel, dict(launch))
-    return Resources(row.registers, row.shared, row.barriers, row.in_flight, row.product)
+    return Resources(*(getattr(row, name) for name in Resources._fields))
 
 
 def resources_of(call: Call) -> Resources:
@@ -213,7 +215,7 @@ def _chain(work: Work, programs: int, resources: Resources, precision: str, card
     """Dependent steps of one program, and the seconds that they take."""
     # Copies that are under way during a product hide their latency behind it.
     loads = work.loads + (0 if resources.in_flight > 0 else work.chunks)
-    barriers = max(work.passes, 1) * resources.barriers
+    barriers = resources.once + work.passes * resources.a_pass + work.chunks * resources.a_chunk
     instruction = resources.product.split("+")[0]
     terms = work.depth * TERM_CYCLES.get(instruction, {}).get(precision, 0.0)
     # A wide tile waits for the units that make its products, of which it has a multiprocessor's, not for each result.

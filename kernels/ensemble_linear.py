@@ -1,13 +1,14 @@
 """E linear layers with bias and ReLU in one launch forward, and one each for the gradients of their input and of their
 parameters (`d2r_fast.ops.ensemble_linear` is contract and oracle)."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2r_fast.kernels.settings import FUSED, check_dtype, packed
+from d2r_fast.kernels.settings import FUSED, check_dtype, enough, packed
 from d2r_fast.kernels.tiles import (
     block,
     linear_tile,
@@ -31,13 +32,25 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# 64 x 64: at E=2, B=1280 and 400 outputs 280 programs, about two for each of 132 multiprocessors; wgmma's m64n64.
-# Chosen by what sm_90 code they compile to (compile_report), before any timing.
+# From large, which reads least, to small, of which there are most programs. Chosen by what sm_90 code they compile to
+# (compile_report) and by `d2r_fast.kernels.cost`, before any timing. float32's products on the CUDA
+# cores are bound by arithmetic, whatever is read.
 TILES = {
-    "float32": Tile(64, 64, 16, 8, 3),
-    "tf32": Tile(64, 64, 32, 4, 3),
-    "bf16": Tile(64, 64, 64, 4, 3),
+    "float32": [Tile(64, 64, 16, 8, 3)],
+    "tf32": [Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
+    "bf16": [Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3)],
 }
+
+
+def tile_of(precision: str, sizes: Sequence[tuple[int, int]]) -> Tile:
+    """The largest tile that leaves enough programs of matrices of these sizes, or the smallest. ValueError: unknown
+    precision."""
+    check_precision(precision)
+    *larger, smallest = TILES[precision]
+    for tile in larger:
+        if enough(sum(triton.cdiv(n, tile.first) * triton.cdiv(m, tile.second) for n, m in sizes)):
+            return tile
+    return smallest
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -129,23 +142,25 @@ def ensemble_linear_gradient_kernel(
         tl.store(d_bias_ptr + part * N_OUT + out, tl.sum(of_bias, 0), mask=exists)
 
 
-def linear_launch(kernel: str, precision: str, n_in: int, n_out: int, n_rows: int) -> dict[str, Any]:
+def linear_launch(kernel: str, precision: str, n_in: int, n_out: int, n_rows: int, n_nets: int) -> dict[str, Any]:
     """Constants and options of "fwd", "bwd" or "gradient", all but RELU and what says which networks share what.
 
-    SPLIT_ROWS: about eight splits fill the device, and more would only add partial sums.
+    n_nets: whose results are apart. SPLIT_ROWS: about eight splits fill the device, and more would only add partial
+    sums.
     """
-    check_precision(precision)
-    tile = TILES[precision]
     sizes = {"fwd": ("ROWS", "OUT", n_in), "bwd": ("ROWS", "IN", n_out), "gradient": ("OUT", "IN", n_rows)}
     first, second, depth = sizes[kernel]
     widths = {"ROWS": n_rows, "IN": n_in, "OUT": n_out}
+    split_rows = min(8192, max(256, triton.next_power_of_2(triton.cdiv(n_rows, 8))))
+    n_splits = triton.cdiv(n_rows, split_rows) if kernel == "gradient" else 1
+    tile = tile_of(precision, [(widths[first], widths[second])] * (n_nets * n_splits))
     blocks = {
         f"BLOCK_{first}": _fitting(tile.first, widths[first]),
         f"BLOCK_{second}": _fitting(tile.second, widths[second]),
         "BLOCK_DEPTH": _fitting(tile.depth, depth),
     }
     if kernel == "gradient":
-        blocks["SPLIT_ROWS"] = min(8192, max(256, triton.next_power_of_2(triton.cdiv(n_rows, 8))))
+        blocks["SPLIT_ROWS"] = split_rows
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | FUSED
     return {"N_IN": n_in, "N_OUT": n_out, "PRECISION": precision} | blocks | options
 
@@ -162,7 +177,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, precision: str)
     (n_nets, n_out, n_in), n_rows = weight.shape, x.shape[-2]
     y = x.new_empty(n_nets, n_rows, n_out)
     if y.numel() > 0:
-        launch = linear_launch("fwd", precision, n_in, n_out, n_rows)
+        launch = linear_launch("fwd", precision, n_in, n_out, n_rows, n_nets)
         grid = triton.cdiv(n_rows, launch["BLOCK_ROWS"]), triton.cdiv(n_out, launch["BLOCK_OUT"]), n_nets
         ensemble_linear_fwd_kernel[grid](
             packed(x), packed(weight), packed(bias), y, None, n_rows,
@@ -182,17 +197,15 @@ def backward(
     d_x = x.new_empty(x.shape if to_x else 0)
     d_weight, d_bias = (weight.new_empty(v if to_weight else 0) for v in (weight.shape, weight.shape[:2]))
     if d_x.numel() > 0:
-        launch = linear_launch("bwd", precision, n_in, n_out, n_rows)
-        grid = (
-            triton.cdiv(n_rows, launch["BLOCK_ROWS"]),
-            triton.cdiv(n_in, launch["BLOCK_IN"]),
-            len(d_x) if x.dim() == 3 else 1,
-        )
+        n_own = len(d_x) if x.dim() == 3 else 1
+        launch = linear_launch("bwd", precision, n_in, n_out, n_rows, n_own)
+        grid = triton.cdiv(n_rows, launch["BLOCK_ROWS"]), triton.cdiv(n_in, launch["BLOCK_IN"]), n_own
         ensemble_linear_bwd_kernel[grid](
             d_y, weight, y, d_x, None, n_rows, E=n_nets, FIRST=0, STEP=1, **flags, **launch
         )
     if d_weight.numel() > 0:
-        _gradient(d_y, x, y, d_weight, d_bias, linear_launch("gradient", precision, n_in, n_out, n_rows) | flags)
+        launch = linear_launch("gradient", precision, n_in, n_out, n_rows, n_nets)
+        _gradient(d_y, x, y, d_weight, d_bias, launch | flags)
     elif to_weight:  # of a layer that reads nothing, which has no tile of weights for a program to own
         d_bias.copy_((d_y * (y > 0) if relu else d_y).sum(1))
     return d_x, d_weight, d_bias
@@ -205,7 +218,7 @@ def forward_at(
     int64 says, in numbers; rows of x [B,n_in] lie `x_stride` apart."""
     n_nets, n_rows, n_out = y.shape
     if y.numel() > 0:
-        launch = linear_launch("fwd", precision, n_in, n_out, n_rows)
+        launch = linear_launch("fwd", precision, n_in, n_out, n_rows, n_nets)
         grid = triton.cdiv(n_rows, launch["BLOCK_ROWS"]), triton.cdiv(n_out, launch["BLOCK_OUT"]), n_nets
         ensemble_linear_fwd_kernel[grid](
             x, parameters, parameters, y, place, n_rows, X_STRIDE=x_stride, SHARED=False, RELU=relu, **launch
@@ -223,12 +236,9 @@ def backward_at(
     n_rows, n_out = d_y.shape[1:]
     n_in = d_x.shape[-1]
     if d_x.numel() > 0:
-        launch = linear_launch("bwd", precision, n_in, n_out, n_rows)
-        grid = (
-            triton.cdiv(n_rows, launch["BLOCK_ROWS"]),
-            triton.cdiv(n_in, launch["BLOCK_IN"]),
-            len(d_x) if shared is None else 1,
-        )
+        n_own = len(d_x) if shared is None else 1
+        launch = linear_launch("bwd", precision, n_in, n_out, n_rows, n_own)
+        grid = triton.cdiv(n_rows, launch["BLOCK_ROWS"]), triton.cdiv(n_in, launch["BLOCK_IN"]), n_own
         of = range(1) if shared is None else shared
         ensemble_linear_bwd_kernel[grid](
             d_y, parameters, y, d_x, place, n_rows,

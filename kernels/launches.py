@@ -129,10 +129,9 @@ class RecordCalls(TorchDispatchMode):
             arguments["of_table"] = self._tables.get(self._noted(arguments["table_ptr"]).storage)
         self._note("ours", f"{kernel.fn.__name__} (Triton)", kernel, arguments, [], tuple(grid))
 
-    def keep_table(self, table: Tensor, gradients: list[Any]) -> Tensor:
+    def keep_table(self, table: Tensor, gradients: list[Any]) -> None:
         """Note of what a table is, whose tensor holds nothing."""
         self._tables[self._noted(table).storage] = gradients
-        return table
 
     def _note(
         self, kind: str, name: str, kernel: Any, arguments: dict[str, Any], results: list[Memory], grid: tuple[int, ...]
@@ -184,8 +183,10 @@ def pretended_gpu(recorder: RecordCalls) -> Iterator[None]:
 
     make_table = network_gradient.gradient_table
 
-    def table(like: Tensor, gradients: Sequence[Any], precision: str, n_rows: int) -> Tensor:
-        return recorder.keep_table(make_table(like, gradients, precision, n_rows), list(gradients))
+    def table(like: Tensor, gradients: Sequence[Any], precision: str, n_rows: int) -> network_gradient.Table:
+        made = make_table(like, gradients, precision, n_rows)
+        recorder.keep_table(made.lines, list(gradients))
+        return made
 
     on_cpu, fake = torch.Generator, FakeTensorMode()  # which imports much that must see torch as it is
     with ExitStack() as stack:

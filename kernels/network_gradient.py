@@ -2,17 +2,16 @@
 (`d2r_fast.learning.layered`)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2r_fast.kernels.ensemble_linear import TILES
+from d2r_fast.kernels.ensemble_linear import tile_of
 from d2r_fast.kernels.settings import FUSED, check_dtype
 from d2r_fast.kernels.tiles import rounded_product
-from d2r_fast.ops.backends import check_precision
 from d2r_fast.ops.layer_gradients import Product, Sum
 
 N_COLUMNS = tl.constexpr(13)  # of the table: what `_lines` puts there
@@ -91,21 +90,29 @@ def _load_d_z(d_z_ptr, y_ptr, row, inside, out, n_out, n_y):
     return tl.where((y > 0) | (n_y == 0), d_z, 0.0)
 
 
-def gradient_launch(precision: str, n_rows: int) -> dict[str, Any]:
+class Table(NamedTuple):
+    """What a launch computes, for batches of as many rows: made once, and kept."""
+
+    lines: Tensor
+    """[programs,13] int64, on the device."""
+    launch: dict[str, Any]
+    """Constants and options of the kernel, which say how the lines cut the gradients."""
+
+
+def gradient_launch(gradients: Sequence[Product | Sum], precision: str, n_rows: int) -> dict[str, Any]:
     """Constants and options of the kernel."""
-    check_precision(precision)
-    tile = TILES[precision]
+    tile = tile_of(precision, [(g.d_z.width, g.n_in) for g in gradients if isinstance(g, Product)])
     blocks = {"BLOCK_OUT": tile.first, "BLOCK_IN": tile.second, "BLOCK_DEPTH": tile.depth}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | FUSED
     return {"N_ROWS": n_rows, "PRECISION": precision} | blocks | options
 
 
-def gradient_table(like: Tensor, gradients: Sequence[Product | Sum], precision: str, n_rows: int) -> Tensor:
-    """What each program computes, [programs,13] int64 on the device of `like`; products first, which take longer."""
-    launch = gradient_launch(precision, n_rows)
+def gradient_table(like: Tensor, gradients: Sequence[Product | Sum], precision: str, n_rows: int) -> Table:
+    """A program for each tile of these gradients, on the device of `like`; products first, which take longer."""
+    launch = gradient_launch(gradients, precision, n_rows)
     of_products = [line for g in gradients if isinstance(g, Product) for line in _lines(g, launch, n_rows)]
     of_sums = [line for g in gradients if isinstance(g, Sum) for line in _lines(g, launch, n_rows)]
-    return torch.tensor(of_products + of_sums, dtype=torch.int64).to(like.device)
+    return Table(torch.tensor(of_products + of_sums, dtype=torch.int64).to(like.device), launch)
 
 
 def _lines(g: Product | Sum, launch: dict[str, Any], n_rows: int) -> list[tuple[int, ...]]:
@@ -121,13 +128,11 @@ def _lines(g: Product | Sum, launch: dict[str, Any], n_rows: int) -> list[tuple[
     return lines
 
 
-def network_gradient(
-    act: Tensor, x: Tensor, d_z: Tensor, d_out: Tensor, gradient: Tensor, table: Tensor, n_rows: int, precision: str
-) -> None:
-    """Writes to the flat gradient what `table`, of `gradient_table`, says, on its device.
+def network_gradient(act: Tensor, x: Tensor, d_z: Tensor, d_out: Tensor, gradient: Tensor, table: Table) -> None:
+    """Writes to the flat gradient what `table` says.
 
     act, d_z  buffers of what layers read and gave, and of gradients in front of layers
     x, d_out  what the first layer reads, and the gradient of what the last gives
     """
     check_dtype("d_out", d_out)
-    network_gradient_kernel[(len(table),)](act, x, d_z, d_out, gradient, table, **gradient_launch(precision, n_rows))
+    network_gradient_kernel[(len(table.lines),)](act, x, d_z, d_out, gradient, table.lines, **table.launch)

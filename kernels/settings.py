@@ -26,9 +26,12 @@ class Settings(NamedTuple):
     """128 registers in 8 warps let two programs share a multiprocessor."""
 
 
-# Widths up to 128, then up to 256. Chosen by what sm_90 code they compile to (compile_report), before any timing:
+# Widths up to 128, then up to 256; of each from large tiles, which read fewer weights from the L2, to small, of which
+# there are more programs. Chosen by what sm_90 code they compile to (compile_report) and by `d2r_fast.kernels.cost`,
+# before any timing:
 # - 16 rows a tile: 160 tiles at the published E=2, B=1280, all resident at once where two programs fit a
-#   multiprocessor (132 of them), and few rows that disagree on what to skip. 32 rows halve the weights read from L2.
+#   multiprocessor (132 of them), and few rows that disagree on what to skip. 32 rows halve the weights read from L2;
+#   by 16 warps they do not spill.
 # - The backward holds two adjoints and needs 143 registers; at 128 it spills up to 10 (40 bytes of stack), none of them
 #   in the loop of products, which costs less than a second round of tiles.
 # - The weight gradient takes whatever keeps two programs resident with a 128 x 64 total in registers: wgmma's m64n64.
@@ -37,21 +40,30 @@ class Settings(NamedTuple):
 #   leaves no shared memory for a second program.
 # - float32 products are FFMA, unrolled over block_k: a longer chunk only lengthens the code.
 SETTINGS = {
-    ("routed_modules_fwd", "float32"): (Settings(16, 32, 8, 2), Settings(16, 32, 8, 2)),
-    ("routed_modules_fwd", "tf32"): (Settings(16, 64, 8, 3), Settings(16, 64, 8, 2)),
-    ("routed_modules_fwd", "bf16"): (Settings(16, 64, 8, 3), Settings(16, 64, 8, 2)),
-    ("routed_modules_bwd", "float32"): (Settings(16, 32, 8, 3, 128), Settings(16, 32, 8, 2)),
-    ("routed_modules_bwd", "tf32"): (Settings(16, 64, 8, 3, 128), Settings(16, 64, 8, 2)),
-    ("routed_modules_bwd", "bf16"): (Settings(16, 64, 8, 3, 128), Settings(16, 32, 8, 2)),
-    ("weight_gradient", "float32"): (Settings(16, 64, 8, 1), Settings(16, 64, 8, 1)),
-    ("weight_gradient", "tf32"): (Settings(16, 64, 8, 1), Settings(16, 64, 8, 1)),
-    ("weight_gradient", "bf16"): (Settings(16, 64, 8, 1), Settings(16, 64, 8, 1)),
+    ("routed_modules_fwd", "float32"): ([Settings(16, 32, 8, 2)], [Settings(16, 32, 8, 2)]),
+    ("routed_modules_fwd", "tf32"): ([Settings(32, 64, 16, 3), Settings(16, 64, 8, 3)], [Settings(16, 64, 8, 2)]),
+    ("routed_modules_fwd", "bf16"): ([Settings(32, 64, 16, 3), Settings(16, 64, 8, 3)], [Settings(16, 64, 8, 2)]),
+    ("routed_modules_bwd", "float32"): ([Settings(16, 32, 8, 3, 128)], [Settings(16, 32, 8, 2)]),
+    ("routed_modules_bwd", "tf32"): ([Settings(32, 64, 16, 3), Settings(16, 64, 8, 3, 128)], [Settings(16, 64, 8, 2)]),
+    ("routed_modules_bwd", "bf16"): ([Settings(32, 64, 16, 3), Settings(16, 64, 8, 3, 128)], [Settings(16, 32, 8, 2)]),
+    ("weight_gradient", "float32"): ([Settings(16, 64, 8, 1)], [Settings(16, 64, 8, 1)]),
+    ("weight_gradient", "tf32"): ([Settings(16, 64, 8, 1)], [Settings(16, 64, 8, 1)]),
+    ("weight_gradient", "bf16"): ([Settings(16, 64, 8, 1)], [Settings(16, 64, 8, 1)]),
 }
+ENOUGH = 80
+"""Programs that a larger tile must leave, on 132 multiprocessors."""
 
 
-def walk_launch(kernel: str, precision: str, n_modules: int, n_kept: int, width: int) -> dict[str, Any]:
-    """Constants and options of a kernel that walks the modules, all but RESIDUAL."""
-    settings = _settings(kernel, precision, width)
+def enough(n_programs: int) -> bool:
+    """Whether a launch of as many programs fills the device well enough for their tiles to be large."""
+    return n_programs >= ENOUGH
+
+
+def walk_launch(
+    kernel: str, precision: str, n_modules: int, n_kept: int, width: int, n_nets: int, n_rows: int
+) -> dict[str, Any]:
+    """Constants and options of a kernel that walks the modules of E networks over B rows each, all but RESIDUAL."""
+    settings = _settings(kernel, precision, width, n_nets, n_rows)
     blocks = {"BLOCK_D": _block_width(width), "BLOCK_ROWS": settings.block_rows}
     blocks["BLOCK_K"] = min(settings.block_k, blocks["BLOCK_D"])
     return {"N": n_modules, "K": n_kept, "D": width, "PRECISION": precision} | blocks | _options(settings)
@@ -63,7 +75,7 @@ def gradient_launch(precision: str, n_modules: int, n_kept: int, width: int, n_r
     SPLIT_ROWS, the rows of one program: about eight splits fill the device at the published sizes (E=2, N=16: 60 tiles
     a split), and more would only add partial sums, E*(N-1)*D*D each.
     """
-    settings = _settings("weight_gradient", precision, width)
+    settings = _settings("weight_gradient", precision, width, 1, n_rows)
     split_rows = min(8192, max(128, triton.next_power_of_2(triton.cdiv(n_rows, 8))))
     blocks = {
         "SPLIT_ROWS": split_rows,
@@ -107,12 +119,14 @@ def check_in_place(name: str, value: Tensor, dtype: torch.dtype, shape: Sequence
         raise ValueError(f"{name}: expected a contiguous tensor")
 
 
-def _settings(kernel: str, precision: str, width: int) -> Settings:
+def _settings(kernel: str, precision: str, width: int, n_nets: int, n_rows: int) -> Settings:
+    """Those of the largest tile that leaves enough programs, or of the smallest."""
     check_precision(precision)
     if not 1 <= width <= MAX_TRITON_WIDTH:
         raise ValueError(f"triton: expected a module width D of 1..{MAX_TRITON_WIDTH}, got {width}")
-    narrow, wide = SETTINGS[kernel, precision]
-    return narrow if width <= 128 else wide
+    *larger, smallest = SETTINGS[kernel, precision][width > 128]
+    fitting = (one for one in larger if enough(n_nets * triton.cdiv(n_rows, one.block_rows)))
+    return next(fitting, smallest)
 
 
 def _options(settings: Settings) -> dict[str, Any]:

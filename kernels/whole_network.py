@@ -381,13 +381,15 @@ def whole_network_bwd_kernel(
         tl.store(d_x_ptr + d_x_at + (row * n_in)[:, None] + feature[None, :], d_x, mask=mask_x)
 
 
-# Chosen by what sm_90 code they compile to (compile_report), before any timing. 32 rows a tile: 160 programs for four
-# members at MT10, one of which fills a multiprocessor (132 of them). 8 warps or 64 rows take more than 128 registers a
-# thread, and spill.
+# Forward and backward, chosen by what sm_90 code they compile to (compile_report) and by `d2r_fast.kernels.cost`,
+# before any timing. 32 rows a tile: 80, 240, 80 and 120 programs for an update's members at MT10, one of which fills a
+# multiprocessor (132 of them); two, of 8 warps, and 64 rows would take more than 128 registers a thread, and spill, as
+# do 256 outputs at a time in the backward.
+_SETTINGS = {"BLOCK_ROWS": 32, "num_warps": 16, "num_stages": 3}
 SETTINGS = {
-    "float32": {"BLOCK_ROWS": 32, "BLOCK_OUT": 128, "BLOCK_DEPTH": 16, "num_warps": 16, "num_stages": 3},
-    "tf32": {"BLOCK_ROWS": 32, "BLOCK_OUT": 128, "BLOCK_DEPTH": 32, "num_warps": 16, "num_stages": 3},
-    "bf16": {"BLOCK_ROWS": 32, "BLOCK_OUT": 128, "BLOCK_DEPTH": 64, "num_warps": 16, "num_stages": 3},
+    "float32": ({"BLOCK_OUT": 128, "BLOCK_DEPTH": 16}, {"BLOCK_OUT": 128, "BLOCK_DEPTH": 16}),
+    "tf32": ({"BLOCK_OUT": 256, "BLOCK_DEPTH": 32}, {"BLOCK_OUT": 128, "BLOCK_DEPTH": 32}),
+    "bf16": ({"BLOCK_OUT": 128, "BLOCK_DEPTH": 64}, {"BLOCK_OUT": 128, "BLOCK_DEPTH": 64}),
 }
 
 
@@ -396,7 +398,7 @@ def whole_launch(cfg: Any, n_tasks: int, most_in: int, n_actions: int, backward:
 
     most_in: what a critic reads, which is how far rows of x lie apart.
     """
-    routes, settings = route_launch(cfg.n_modules, cfg.top_k), SETTINGS[cfg.precision]
+    routes, settings = route_launch(cfg.n_modules, cfg.top_k), _SETTINGS | SETTINGS[cfg.precision][backward]
     widest = max(16, triton.next_power_of_2(max(cfg.base_width, *cfg.route_widths)))
     sizes = {
         "X_STRIDE": most_in,

@@ -67,7 +67,6 @@ def _work(
     most, per_module = modules.most_touched, a["BLOCK_D"] // min(a["BLOCK_DEPTH"], a["BLOCK_D"])
     chunks = sum(layer.chunks for layer in layers) + most * per_module
     depth = sum(layer.depth for layer in layers) + most * a["BLOCK_D"]
-    loops = len(layers) + 1  # each with barriers of its own
     choosing = 30.0 * a["BLOCK_ROWS"] / a["BLOCK_CHOOSING"]
     return Work(
         accesses,
@@ -75,7 +74,7 @@ def _work(
         loads=ceil(2 * len(layers) + of_module * most + 6),
         chunks=chunks,
         depth=depth,
-        passes=chunks / loops,
+        passes=most,
         reductions=choosing + of_module * most,
     )
 

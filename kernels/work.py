@@ -36,7 +36,7 @@ class Work(NamedTuple):
     loads      dependent loads of one program, besides those of its chunks
     chunks     products of one program, one after the other
     depth      terms of the longest sum of products in one program
-    passes     times that a program goes through its code from one barrier to the same one
+    passes     times that it goes through its longest loop around products, such as that of modules
     reductions sums or extremes over threads, one after the other
     """
 
@@ -112,7 +112,7 @@ def _linear_fwd(call: Call) -> Work:
     accesses += _part(a["y_ptr"], n_nets * n_rows * n_out * FLOAT, written=True)
     flop = 2.0 * prod(call.grid) * a["BLOCK_ROWS"] * a["BLOCK_OUT"] * depth
     chunks = depth // a["BLOCK_DEPTH"]
-    return Work(accesses, flop, loads=2, chunks=chunks, depth=depth, passes=chunks)
+    return Work(accesses, flop, loads=2, chunks=chunks, depth=depth)
 
 
 def _linear_bwd(call: Call) -> Work:
@@ -127,7 +127,7 @@ def _linear_bwd(call: Call) -> Work:
     accesses += _part(a["d_x_ptr"], n_own * n_rows * n_in * FLOAT, written=True)
     flop = 2.0 * prod(call.grid) * a["BLOCK_ROWS"] * a["BLOCK_IN"] * depth
     chunks = depth // a["BLOCK_DEPTH"]
-    return Work(accesses, flop, loads=2, chunks=chunks, depth=depth, passes=chunks)
+    return Work(accesses, flop, loads=2, chunks=chunks, depth=depth)
 
 
 def _network_gradient(call: Call) -> Work:
@@ -151,7 +151,7 @@ def _network_gradient(call: Call) -> Work:
     accesses += _part(a["gradient_ptr"], written, written=True)
     flop = 2.0 * n_tiles * a["BLOCK_OUT"] * a["BLOCK_IN"] * depth
     chunks = depth // a["BLOCK_DEPTH"]
-    return Work(accesses, flop, loads=3, chunks=chunks, depth=depth, passes=chunks)
+    return Work(accesses, flop, loads=3, chunks=chunks, depth=depth)
 
 
 class Shares(NamedTuple):
@@ -330,7 +330,7 @@ def _torch_product(call: Call) -> Work:
     out = call.results[0]
     accesses += _part(out, out.n_bytes, 2 if start else 1) + _part(out, out.n_bytes, 2 if start else 1, written=True)
     flop = 2.0 * n_nets * row_tiles * column_tiles * TORCH_TILE**2 * depth
-    return Work(accesses, flop, loads=2, chunks=ceil(depth / 32), depth=depth, passes=ceil(depth / 32))
+    return Work(accesses, flop, loads=2, chunks=ceil(depth / 32), depth=depth)
 
 
 def products_in(call: Call) -> str | Any:

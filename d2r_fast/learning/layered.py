@@ -99,7 +99,7 @@ class Plan:
         own = self.members.index(member) * self.n_rows * weight.shape[-1]
         return [*of_layer, member.x_at if name == "base0" else own]
 
-    def _gradient_table(self, flat: FlatParameters, net: RoutedNetwork, x: Tensor) -> Tensor:
+    def _gradient_table(self, flat: FlatParameters, net: RoutedNetwork, x: Tensor) -> Any:
         """Of the first set of every network: parameters are constant for the others."""
         reads = {"base1": "base0", "module0": "opened", "head": "mixed", "route0": "scaled"}
         reads |= {f"route{i}": f"route{i - 1}" for i in range(1, len(net.route))}
@@ -123,8 +123,7 @@ class Plan:
                     gradients.append(Product(d_z, True, self.members[member].x_at, x.stride(0), n_in, to_weight))
                 else:
                     gradients.append(Product(d_z, False, self.kept.at(reads[name], member), n_in, n_in, to_weight))
-        table: Tensor = _gradient_table(x, gradients, net.cfg.precision, self.n_rows)
-        return table
+        return _gradient_table(x, gradients, net.cfg.precision, self.n_rows)
 
 
 class LayeredPass:
@@ -210,7 +209,7 @@ class LayeredPass:
             *(d_z["base1"], d_z["task"]),
         )
         to_input("base1", d_z["base1"], d_z["base0"])
-        _network_gradient(self._buffer, self._x, buffer, d_out, flat.gradient, plan.table, n, precision)
+        _network_gradient(self._buffer, self._x, buffer, d_out, flat.gradient, plan.table)
         to_x = range(1 if self._learns else 0, plan.n_back)
         if len(to_x) == 0:
             return None

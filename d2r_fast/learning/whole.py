@@ -142,7 +142,7 @@ class Layout:
             ]
         ).to(x.device)
 
-    def _gradient_table(self, flat: FlatParameters, x: Tensor) -> Tensor:
+    def _gradient_table(self, flat: FlatParameters, x: Tensor) -> Any:
         net, n_rows = self.members[ACTOR_NOW].net, x.shape[1]
         n_hidden = len(net.route) - 1
         reads = {"base1": "base0", "module0": "opened", "head": "mixed", "route0": "scaled"}
@@ -166,8 +166,7 @@ class Layout:
                     gradients.append(Product(rows, True, at, x.stride(1), n_in, to_weight))
                 else:
                     gradients.append(Product(rows, False, kept[reads[name]], n_in, n_in, to_weight))
-        table: Tensor = _gradient_table(x, gradients, net.cfg.precision, n_rows)
-        return table
+        return _gradient_table(x, gradients, net.cfg.precision, n_rows)
 
 
 class WholeNetworks:
@@ -223,7 +222,7 @@ class WholeNetworks:
                 *(to_relu, self._opened, self._h, index, gate, active, cfg.precision, layout.modules, flat.gradient)
             )
         # What its d_out stands for lies in d_z.
-        _network_gradient(self._kept, self._x, d_z, d_z, flat.gradient, layout.table, n_rows, cfg.precision)
+        _network_gradient(self._kept, self._x, d_z, d_z, flat.gradient, layout.table)
 
     def _run(
         self, first: int, last: int, temperature: Any, noise: Any, given: Any, normal: Any, uniform: bool = False

@@ -1,7 +1,7 @@
 """The Triton linear layers against float64: on the GPU if there is one, else in Triton's interpreter."""
 
 import math
-from itertools import accumulate
+from itertools import accumulate, product
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from d2r_fast.kernels import ensemble_linear as linear
-from d2r_fast.kernels import layers, network_gradient
+from d2r_fast.kernels import layers, network_gradient, settings
 from d2r_fast.kernels.tiles import to_tf32
 from d2r_fast.ops.backends import INTERPRETED
 from d2r_fast.ops.layer_gradients import Product, Rows, Sum
@@ -75,6 +75,12 @@ def assert_agree(ours, truth, tolerance):
             assert error <= tolerance * max(1.0, value.abs().max().item()), (name, error)
 
 
+tiles = pytest.mark.parametrize(
+    ("precision", "n_enough"),
+    [("float32", 1), *product(("tf32", "bf16"), (10**9, 6, 1))],
+    ids=["float32", *(f"{p}-{tile}_tiles" for p, tile in product(("tf32", "bf16"), ("small", "middle", "large")))],
+)
+"""With how many programs of a launch tiles are larger; those of float32 never are."""
 SIZES = [(1, 1, 1, 1), (2, 300, 43, 100), (2, 70, 130, 65), (1, 67, 64, 136), (3, 65, 128, 1), (1, 12, 10, 33)]
 SIZES += [(2, 600, 17, 9), (2, 64, 64, 64)]
 
@@ -92,8 +98,9 @@ def test_matches_float64(e, b, n_in, n_out, shared, relu):
 
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
-def test_operands_are_rounded_to_nearest_and_nothing_else_is(precision, shared, relu):
+@tiles
+def test_operands_are_rounded_to_nearest_and_nothing_else_is(precision, n_enough, shared, relu, monkeypatch):
+    monkeypatch.setattr(settings, "ENOUGH", n_enough)
     case = make_case(2, 300, 70, 50, shared, torch.float32)
     ours, truth = run(case, relu, precision), truth_of(case, relu, precision)
     assert_agree(ours, truth, 5e-6)
@@ -209,10 +216,11 @@ def test_networks_whose_parameters_and_rows_lie_elsewhere(precision, n_in, n_out
     torch.testing.assert_close(d_x[0], of_each[0] + of_each[2], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
-def test_gradients_of_all_layers_in_one_launch(precision):
+@tiles
+def test_gradients_of_all_layers_in_one_launch(precision, n_enough, monkeypatch):
     """Two layers with a ReLU behind the first, and the rows of two tasks: wide and narrow rows, in and outside the
     buffers, written between other numbers."""
+    monkeypatch.setattr(settings, "ENOUGH", n_enough)
     n, n_in, hidden, n_out = 70, 10, 68, 72
     x = torch.randn(n, n_in + 1, device=DEVICE)[:, :n_in]
     h = torch.randn(n, hidden, device=DEVICE)
@@ -230,7 +238,7 @@ def test_gradients_of_all_layers_in_one_launch(precision):
     ]
     table = network_gradient.gradient_table(x, gradients, precision, n)
     written = torch.full((sum(sizes.values()),), 7.0, device=DEVICE)
-    network_gradient.network_gradient(act, x, d_z, d_out, written, table, n, precision)
+    network_gradient.network_gradient(act, x, d_z, d_out, written, table)
     masked, inner = torch.where(h > 0, d_h, 0), nearest(h, precision)
     expected = {
         "between": torch.full((4,), 7.0, device=DEVICE),
@@ -242,7 +250,7 @@ def test_gradients_of_all_layers_in_one_launch(precision):
     for ours, (name, value) in zip(written.split([*sizes.values()]), expected.items(), strict=True):
         torch.testing.assert_close(ours.double(), value.flatten().double(), rtol=1e-5, atol=2e-5, msg=name)
     again = torch.full_like(written, 7.0)
-    network_gradient.network_gradient(act, x, d_z, d_out, again, table, n, precision)
+    network_gradient.network_gradient(act, x, d_z, d_out, again, table)
     assert torch.equal(again, written)
 
 
@@ -266,6 +274,14 @@ def test_the_base_goes_on_by_its_tasks_row_and_back():
     d_scaled, d_opened = torch.randn_like(scaled), torch.randn_like(opened)
     layers.split_base_backward(d_scaled, d_opened, f.detach(), buffer, place, task, n_tasks, d_f, d_g)
     torch.testing.assert_close((d_f, d_g), torch.autograd.grad(expected, (f, g), (d_scaled, d_opened)))
+
+
+def test_the_largest_tile_that_leaves_enough_programs():
+    """Of the layers of MT10: 1,280 rows, of all critics or of two."""
+    tile = {n: linear.tile_of("tf32", [(1280, 400)] * n) for n in (1, 2, 6)}
+    assert [(t.first, t.second) for t in tile.values()] == [(64, 128), (128, 128), (128, 128)]
+    assert linear.tile_of("tf32", [(1280, 136)])[:2] == (64, 64)
+    assert linear.tile_of("float32", [(1280, 400)] * 6)[:2] == (64, 64)
 
 
 def test_value_errors():

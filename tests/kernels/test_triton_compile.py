@@ -25,7 +25,7 @@ MODULES = (
 )
 MODULES += ("gumbel", "squashed_normal", "sac_losses", "replay_rows", "optimiser_step", "module_levels", "expert_sum")
 NARROW = ("N5-K2-D16", "N5-K2-D17")
-UNALIGNED = ("43to400", "128to1")  # rows that are no multiple of 16 bytes
+UNALIGNED = ("43to400", "128to1")  # rows that are no multiple of 16 bytes; the size, without "-E" and how many networks
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def test_loads_are_wide_and_products_use_the_matrix_units(rows):
     for row in rows:
         if row["product"] == "-" or row["size"] in NARROW:
             continue
-        assert row["wide_loads"] + row["wide_copies"] >= 4 or row["size"] in UNALIGNED, row
+        assert row["wide_loads"] + row["wide_copies"] >= 4 or row["size"].split("-E")[0] in UNALIGNED, row
         if row["kernel"].startswith("ensemble_linear"):
-            assert row["wide_copies"] == row["copies"] or row["size"] in UNALIGNED, row
+            assert row["wide_copies"] == row["copies"] or row["size"].split("-E")[0] in UNALIGNED, row
         assert (row["product"] == "FFMA") == (row["precision"] == "float32"), row
 
 

@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 from d2r_fast.kernels import routed_modules as triton_modules
 from d2r_fast.kernels import row_order as triton_order
 from d2r_fast.kernels import select_routes as triton_routes
+from d2r_fast.kernels import settings
 from d2r_fast.kernels import weight_gradient as triton_gradient
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -114,7 +115,9 @@ def test_modules_match_the_reference(e, b, n, k, d, kind, flow, residual):
 
 @pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
-def test_modules_are_as_accurate_as_torch_in_that_precision(precision, residual):
+@pytest.mark.parametrize("n_enough", [10**9, 1], ids=["small_tiles", "large_tiles"])
+def test_modules_are_as_accurate_as_torch_in_that_precision(n_enough, precision, residual, monkeypatch):
+    monkeypatch.setattr(settings, "ENOUGH", n_enough)
     h0, weight, bias, routes = make_modules(2, 40, 6, 2, 100)
     case = (h0.float(), weight.float(), bias.float(), routes._replace(gate=routes.gate.float()))
     cotangent = torch.randn(h0.shape, device=DEVICE).bfloat16().float()
