@@ -183,8 +183,12 @@ inline void pack_panels(int64_t depth, int64_t columns, E* panel, const Element&
       for (int64_t k = 0; k < depth; ++k)
         for (int64_t j = 0; j < width; ++j) pack(k, j);
     } else {
-      for (int64_t j = 0; j < width; ++j)
-        for (int64_t k = 0; k < depth; ++k) pack(k, j);
+      // In blocks that stay in the first-level cache: a whole column's steps would be written to as many lines of it as
+      // there are steps, each of which comes back for the next column.
+      constexpr int64_t at_once = 64 / sizeof(E);
+      for (int64_t begin = 0; begin < depth; begin += at_once)
+        for (int64_t j = 0; j < width; ++j)
+          for (int64_t k = begin; k < std::min(begin + at_once, depth); ++k) pack(k, j);
     }
   }
 }

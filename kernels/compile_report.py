@@ -31,6 +31,8 @@ MAX_STACK = {"routed_modules_fwd": 64, "routed_modules_bwd": 64, "whole_network_
 """Bytes a thread may spill (others: none). At 128 registers a second program fits on the multiprocessor, and ptxas
 spills what does not fit: 0 to 40 bytes, by its version (Triton 3.6 to 3.9). Those values outlive a module and are read
 at most once a module: 16 loads at this bound, beside a thousand multiply-adds in float32."""
+WARPGROUP = 4
+"""Warps that make a wgmma together."""
 MAX_SHARED = 227 * 1024
 """Bytes of shared memory that one program can have on sm_90."""
 
@@ -59,6 +61,7 @@ class Row(NamedTuple):
                  product that needs it and the next is issued after it, though there may be room for two
     once, a_pass, a_chunk  barriers of all threads of a program: in no loop; in loops, but for those of a product; in
                  one of these, the mean of them
+    late         fences behind the barrier instead of in front of it: see `late_fences`
     uneven       sums that differ between threads: see `uneven_sums`
     product      the instruction of the products
     """
@@ -78,6 +81,7 @@ class Row(NamedTuple):
     once: int
     a_pass: int
     a_chunk: int
+    late: int
     uneven: int
     product: str
 
@@ -117,6 +121,7 @@ def compile_kernel(label: str, size: str, precision: str, kernel: Any, launch: d
         wide_copies=sum(".128" in op for op in copies),
         in_flight=copies_in_flight(compiled.asm["ptx"]),
         **barriers_by_loop(compiled.asm["ptx"]),
+        late=late_fences(compiled.asm["ptx"]) if launch["num_warps"] > WARPGROUP else 0,
         uneven=uneven_sums(compiled.asm["ptx"]),
         product="+".join(kinds),
     )
@@ -161,6 +166,24 @@ def barriers_by_loop(ptx: str) -> dict[str, int]:
         in_loop = any(first <= at <= last for first, last in loops)
         counts["a_chunk" if of_product else "a_pass" if in_loop else "once"] += 1
     return counts | {"a_chunk": -(-counts["a_chunk"] // max(1, len(innermost)))}
+
+
+def late_fences(ptx: str) -> int:
+    """Products that wgmma makes of what threads put into shared memory, with a barrier and then a fence in between.
+
+    Each thread's fence is for what it wrote itself. In front of the barrier, all are past theirs when a product starts;
+    behind it, those of the warpgroup that makes it.
+    """
+    late, written, behind = 0, False, False
+    for step in re.findall(r"st\.shared|bar\.sync|fence\.proxy\.async|wgmma\.mma_async", ptx):
+        if step == "st.shared":
+            written = True
+        elif step == "bar.sync":
+            behind = written
+        elif step == "fence.proxy.async":
+            late += behind
+            written = False
+    return late
 
 
 def uneven_sums(ptx: str) -> int:
@@ -208,7 +231,7 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: an interpreted kernel is not compiled; unset it")
     print(f"triton {triton.__version__}, sm_90, B={ROWS}; shared memory is at most {MAX_SHARED}")
-    line = "{:26} {:12} {:9} {:>9} {:>5} {:>9} {:>6} {:>5} {:>10} {:>6} {:>11} {:>9} {:>4} {:>6} {:>7} {:>6} {}"
+    line = "{:26} {:12} {:9} {:>9} {:>5} {:>9} {:>6} {:>5} {:>10} {:>6} {:>11} {:>9} {:>4} {:>6} {:>7} {:>4} {:>6} {}"
     print(line.format(*Row._fields))
     rows = []
     for case in cases():

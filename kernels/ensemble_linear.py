@@ -42,11 +42,11 @@ TILES = {
 }
 
 
-def tile_of(precision: str, sizes: Sequence[tuple[int, int]]) -> Tile:
+def tile_of(precision: str, sizes: Sequence[tuple[int, int]], tiles: dict[str, list[Tile]] = TILES) -> Tile:
     """The largest tile that leaves enough programs of matrices of these sizes, or the smallest. ValueError: unknown
     precision."""
     check_precision(precision)
-    *larger, smallest = TILES[precision]
+    *larger, smallest = tiles[precision]
     for tile in larger:
         if enough(sum(triton.cdiv(n, tile.first) * triton.cdiv(m, tile.second) for n, m in sizes)):
             return tile

@@ -9,11 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2r_fast.kernels.ensemble_linear import tile_of
+from d2r_fast.kernels.ensemble_linear import TILES, tile_of
 from d2r_fast.kernels.settings import FUSED, check_dtype
 from d2r_fast.kernels.tiles import rounded_product
 from d2r_fast.ops.layer_gradients import Product, Sum
 
+# Of one warpgroup. Between what threads put into shared memory and wgmma's reads of it Triton 3.9 makes a fence behind
+# the barrier, not in front of it, for this kernel: with several warpgroups, one's products could be made before
+# another's threads are past theirs.
+_TILES = {
+    precision: [tile for tile in tiles if tile.num_warps <= 4 or precision == "float32"]
+    for precision, tiles in TILES.items()
+}
 N_COLUMNS = tl.constexpr(13)  # of the table: what `_lines` puts there
 
 
@@ -101,7 +108,7 @@ class Table(NamedTuple):
 
 def gradient_launch(gradients: Sequence[Product | Sum], precision: str, n_rows: int) -> dict[str, Any]:
     """Constants and options of the kernel."""
-    tile = tile_of(precision, [(g.d_z.width, g.n_in) for g in gradients if isinstance(g, Product)])
+    tile = tile_of(precision, [(g.d_z.width, g.n_in) for g in gradients if isinstance(g, Product)], _TILES)
     blocks = {"BLOCK_OUT": tile.first, "BLOCK_IN": tile.second, "BLOCK_DEPTH": tile.depth}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | FUSED
     return {"N_ROWS": n_rows, "PRECISION": precision} | blocks | options

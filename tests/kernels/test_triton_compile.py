@@ -85,6 +85,41 @@ def test_threads_that_share_a_sum_agree_on_it(rows):
         assert row["uneven"] == 0, row
 
 
+def test_what_threads_write_is_fenced_before_another_warpgroup_multiplies_it(rows):
+    for row in rows:
+        assert row["late"] == 0, row
+
+
+@pytest.mark.parametrize(
+    ("steps", "late"),
+    [
+        (("store", "fence", "barrier", "mma"), 0),
+        (("store", "barrier", "fence", "mma"), 1),
+        (("store", "barrier", "barrier", "fence", "mma", "store", "fence", "barrier", "mma"), 1),
+        (("barrier", "fence", "mma"), 0),  # what was copied
+    ],
+)
+def test_the_report_tells_late_fences(steps, late):
+    from d2r_fast.kernels.compile_report import late_fences
+
+    ptx = {
+        "store": "st.shared.b32 [%r1], %r2;",
+        "barrier": "bar.sync 0;",
+        "fence": "fence.proxy.async.shared::cta;",
+        "mma": "wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32 {%r1}, %rd1, %rd2;",
+    }
+    assert late_fences("\n".join(ptx[step] for step in steps)) == late
+
+
+def test_the_report_tells_barriers_by_their_loops():
+    from d2r_fast.kernels.compile_report import barriers_by_loop
+
+    bar, mma, back = "\tbar.sync 0;", "\tmma.sync.aligned.m16n8k8;", "\t@%p1 bra \t$L__BB0_{};"
+    loop = ["$L__BB0_2:", bar, bar, *[mma] * 4, back.format(2)]
+    code = [bar, "$L__BB0_1:", bar, *loop, bar, bar, back.format(1), "$L__BB0_3:", bar, back.format(3), bar]
+    assert barriers_by_loop("\n".join(code)) == {"once": 2, "a_pass": 4, "a_chunk": 2}
+
+
 def test_copies_are_under_way_while_products_are_made(rows):
     """Two buffers that are two; but for a forward that would then take 146 registers a thread."""
     for row in rows:
