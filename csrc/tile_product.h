@@ -55,38 +55,38 @@ struct MultiplyPairs {
   }
 };
 
-// C[r, :] (+)= sum_k A[r, k] B[k, :] for kRows rows and one panel of columns.
+// C[r, :] (+)= sum_k A[r, k] B[k, :] for kRows rows and one panel of columns, or the first kVectors vectors of it.
 // A lies in a tile buffer (kTransposed: A[r, k] at a[k * a_stride + r]); B[k, :] at b + k * b_stride; C[r, :] at
 // c + r * c_stride. C starts from zero, from the row `start`, or from itself.
-template <typename Step, int kRows, bool kTransposed, Start kStart>
+template <typename Step, int kRows, bool kTransposed, Start kStart, int kVectors = kPanelVectors>
 inline void tile_product(int64_t depth, const typename Step::Element* a, int64_t a_stride, const typename Step::Element* b,
                          int64_t b_stride, typename Step::Sum* c, int64_t c_stride, const typename Step::Sum* start) {
   using E = typename Step::Element;
   using T = typename Step::Sum;
-  Vector<T> sum[kRows][kPanelVectors];
+  Vector<T> sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       if constexpr (kStart == Start::kZero) sum[r][v] = Vector<T>{};
       if constexpr (kStart == Start::kRow) sum[r][v] = vector_at(start + v * kLanes<T>);
       if constexpr (kStart == Start::kLoad) sum[r][v] = vector_at(c + r * c_stride + v * kLanes<T>);
     }
   for (int64_t k = 0; k < depth; ++k) {
-    Vector<E> column[kPanelVectors];
+    Vector<E> column[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) column[v] = vector_at(b + k * b_stride + v * kLanes<E>);
+    for (int v = 0; v < kVectors; ++v) column[v] = vector_at(b + k * b_stride + v * kLanes<E>);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const E value = kTransposed ? a[k * a_stride + r] : a[r * kTileStride<E> + k];
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVectors; ++v) Step::add(sum[r][v], column[v], value);
+      for (int v = 0; v < kVectors; ++v) Step::add(sum[r][v], column[v], value);
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) vector_at(c + r * c_stride + v * kLanes<T>) = sum[r][v];
+    for (int v = 0; v < kVectors; ++v) vector_at(c + r * c_stride + v * kLanes<T>) = sum[r][v];
 }
 
 // Calls body with the constant n, 1 <= n <= kTileRows.
@@ -95,6 +95,15 @@ inline void with_constant_rows(int64_t n, const Body& body) {
   [&]<int... kLess>(std::integer_sequence<int, kLess...>) {
     (void)((n == kLess + 1 ? (body(std::integral_constant<int, kLess + 1>{}), true) : false) || ...);
   }(std::make_integer_sequence<int, kTileRows>{});
+}
+
+// Calls body with the constant number of vectors of a panel that `columns` columns reach into.
+template <typename T, typename Body>
+inline void with_constant_vectors(int64_t columns, const Body& body) {
+  if (columns <= kLanes<T>)
+    body(std::integral_constant<int, 1>{});
+  else
+    body(std::integral_constant<int, kPanelVectors>{});
 }
 
 // Calls body(begin, in_tile) for n rows in tiles of equal size, nearly: in one of few rows, each step of a product would
@@ -122,16 +131,22 @@ template <typename Step>
     const int64_t k = depth * part / n_parts, steps = depth * (part + 1) / n_parts - k;
     const auto* panel = panels + k * kPanel<T>;
     for (int64_t first = 0; first < columns; first += kPanel<T>, panel += depth * kPanel<T>)
-      for_each_tile(n_rows, [&](int64_t row, int64_t in_tile) {
-        const auto* a_at = a + row * kTileStride<T> + k;
-        T* c = out + row * kTileStride<T> + first;
-        with_constant_rows(in_tile, [&](auto rows) {
-          if (part > 0)
-            tile_product<Step, rows(), false, Start::kLoad>(steps, a_at, 0, panel, kPanel<T>, c, kTileStride<T>, nullptr);
-          else if (start)
-            tile_product<Step, rows(), false, Start::kRow>(steps, a_at, 0, panel, kPanel<T>, c, kTileStride<T>, start + first);
-          else
-            tile_product<Step, rows(), false, Start::kZero>(steps, a_at, 0, panel, kPanel<T>, c, kTileStride<T>, nullptr);
+      with_constant_vectors<T>(columns - first, [&](auto vectors) {
+        for_each_tile(n_rows, [&](int64_t row, int64_t in_tile) {
+          const auto* a_at = a + row * kTileStride<T> + k;
+          T* c = out + row * kTileStride<T> + first;
+          with_constant_rows(in_tile, [&](auto rows) {
+            const auto multiply = [&](auto from, const T* row_of_start) {
+              tile_product<Step, rows(), false, from(), vectors()>(steps, a_at, 0, panel, kPanel<T>, c, kTileStride<T>,
+                                                                   row_of_start);
+            };
+            if (part > 0)
+              multiply(std::integral_constant<Start, Start::kLoad>{}, nullptr);
+            else if (start)
+              multiply(std::integral_constant<Start, Start::kRow>{}, start + first);
+            else
+              multiply(std::integral_constant<Start, Start::kZero>{}, nullptr);
+          });
         });
       });
   }
@@ -156,16 +171,21 @@ template <typename Step>
         T* c = sum + top * b.columns + first;
         const auto *a_at = a.at + top, *b_at = b.at + first;
         const int64_t columns = b.columns - first;
-        if (columns >= kPanel<T>) {
-          // The sum is too large for the first-level cache: its next tile is asked for while this one is multiplied.
-          for (int r = 0; r < rows(); ++r) __builtin_prefetch(c + r * b.columns + kPanel<T>);
-          tile_product<Step, rows(), true, Start::kLoad>(depth, a_at, a.stride, b_at, b.stride, c, b.columns, nullptr);
-          continue;
-        }
-        T tail[kTileRows * kPanel<T>];
-        tile_product<Step, rows(), true, Start::kZero>(depth, a_at, a.stride, b_at, b.stride, tail, kPanel<T>, nullptr);
-        for (int r = 0; r < rows(); ++r)
-          for (int64_t j = 0; j < columns; ++j) c[r * b.columns + j] += tail[r * kPanel<T> + j];
+        with_constant_vectors<T>(columns, [&](auto vectors) {
+          constexpr int64_t width = vectors() * kLanes<T>;
+          if (columns >= width) {
+            // The sum is too large for the first-level cache: its next tile is asked for while this one is multiplied.
+            for (int r = 0; r < rows(); ++r) __builtin_prefetch(c + r * b.columns + kPanel<T>);
+            tile_product<Step, rows(), true, Start::kLoad, vectors()>(depth, a_at, a.stride, b_at, b.stride, c, b.columns,
+                                                                      nullptr);
+            return;
+          }
+          T tail[kTileRows * kPanel<T>];
+          tile_product<Step, rows(), true, Start::kZero, vectors()>(depth, a_at, a.stride, b_at, b.stride, tail, width,
+                                                                    nullptr);
+          for (int r = 0; r < rows(); ++r)
+            for (int64_t j = 0; j < columns; ++j) c[r * b.columns + j] += tail[r * width + j];
+        });
       }
     });
 }
@@ -187,10 +207,56 @@ inline void pack_panels(int64_t depth, int64_t columns, E* panel, const Element&
       // there are steps, each of which comes back for the next column.
       constexpr int64_t at_once = 64 / sizeof(E);
       for (int64_t begin = 0; begin < depth; begin += at_once)
-        for (int64_t j = 0; j < width; ++j)
-          for (int64_t k = begin; k < std::min(begin + at_once, depth); ++k) pack(k, j);
+        for (int64_t k = begin; k < std::min(begin + at_once, depth); ++k)
+          for (int64_t j = 0; j < width; ++j) pack(k, j);
     }
   }
+}
+
+#if __has_builtin(__builtin_shufflevector)
+// Of two rows of a square of vectors that lie kStep apart: the half of each that is the other's, exchanged.
+template <typename T, int kStep, size_t... kLane>
+inline void exchange(Lanes<T>& upper, Lanes<T>& lower, std::index_sequence<kLane...>) {
+  constexpr int n = kLanes<T>;
+  const Lanes<T> a = upper, b = lower;
+  upper = __builtin_shufflevector(a, b, (kLane & kStep ? n + static_cast<int>(kLane) - kStep : static_cast<int>(kLane))...);
+  lower = __builtin_shufflevector(a, b, (kLane & kStep ? n + static_cast<int>(kLane) : static_cast<int>(kLane) + kStep)...);
+}
+template <typename T, int kStep = kLanes<T> / 2>
+inline void transpose_square(Lanes<T>* rows) {
+  if constexpr (kStep > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i)
+      if (!(i & kStep)) exchange<T, kStep>(rows[i], rows[i + kStep], std::make_index_sequence<kLanes<T>>{});
+    transpose_square<T, kStep / 2>(rows);
+  }
+}
+#endif
+
+// As pack_panels, of W [n_out, n_in]^T: in squares of vectors, for W lies the other way.
+template <typename T>
+inline void pack_transposed(const T* weight, int64_t n_out, int64_t n_in, T* panel) {
+  constexpr int64_t width = kPanel<T>, n = kLanes<T>;
+  for (int64_t first = 0; first < n_out; first += width, panel += n_in * width)
+    for (int64_t part = 0; part < width; part += n)
+      for (int64_t begin = 0; begin < n_in; begin += n) {
+        const int64_t rows = std::clamp<int64_t>(n_out - first - part, 0, n), steps = std::min(n, n_in - begin);
+        const T* from = weight + (first + part) * n_in + begin;
+        T* to = panel + begin * width + part;
+#if __has_builtin(__builtin_shufflevector)
+        if (rows == n && steps == n) {
+          Lanes<T> square[n];
+#pragma GCC unroll 16
+          for (int64_t j = 0; j < n; ++j) square[j] = load<Lanes<T>>(from + j * n_in);
+          transpose_square<T>(square);
+#pragma GCC unroll 16
+          for (int64_t k = 0; k < n; ++k) store(to + k * width, square[k]);
+          continue;
+        }
+#endif
+        for (int64_t k = 0; k < steps; ++k)
+          for (int64_t j = 0; j < n; ++j) to[k * width + j] = j < rows ? from[j * n_in + k] : T(0);
+      }
 }
 
 // Products of operands as they are stored. Weights are [n_out, n_in]: forward multiplies by W^T, backward by W.
@@ -203,7 +269,7 @@ struct PlainProducts {
     if (backward)
       pack_panels<true>(n_out, n_in, to, [=](int64_t k, int64_t j) { return weight[k * n_in + j]; });
     else
-      pack_panels<false>(n_in, n_out, to, [=](int64_t k, int64_t j) { return weight[j * n_in + k]; });
+      pack_transposed(weight, n_out, n_in, to);
   }
 
   static void multiply(int64_t n_rows, const T* a, const std::byte* panels, int64_t depth, int64_t columns, const T* start,
