@@ -171,18 +171,19 @@ def barriers_by_loop(ptx: str) -> dict[str, int]:
 def late_fences(ptx: str) -> int:
     """Products that wgmma makes of what threads put into shared memory, with a barrier and then a fence in between.
 
-    Each thread's fence is for what it wrote itself. In front of the barrier, all are past theirs when a product starts;
-    behind it, those of the warpgroup that makes it.
+    Each thread's fence is for what it wrote itself. With a barrier behind it all are past theirs when a product starts;
+    with none, those of the warpgroup that makes it.
     """
-    late, written, behind = 0, False, False
+    late, written, behind, alone = 0, False, False, False
     for step in re.findall(r"st\.shared|bar\.sync|fence\.proxy\.async|wgmma\.mma_async", ptx):
         if step == "st.shared":
             written = True
         elif step == "bar.sync":
-            behind = written
+            behind, alone = written, False
         elif step == "fence.proxy.async":
-            late += behind
-            written = False
+            written, alone = False, behind
+        else:
+            late, alone = late + alone, False
     return late
 
 

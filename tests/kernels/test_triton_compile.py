@@ -96,6 +96,7 @@ def test_what_threads_write_is_fenced_before_another_warpgroup_multiplies_it(row
         (("store", "fence", "barrier", "mma"), 0),
         (("store", "barrier", "fence", "mma"), 1),
         (("store", "barrier", "barrier", "fence", "mma", "store", "fence", "barrier", "mma"), 1),
+        (("store", "barrier", "store", "fence", "barrier", "mma"), 0),
         (("barrier", "fence", "mma"), 0),  # what was copied
     ],
 )
