@@ -6,7 +6,7 @@ Compiles each launch as the just-in-time compiler would, and runs its PTX thread
 between threads shows: a race, a barrier that some threads miss, a copy read before it is awaited, an address outside an
 allocation, memory that nobody wrote; and results are held against the tests' float64 references. One line a test that
 fails and a finding, a table of the kernels, and counts at the end; its exit status is 0 if nothing was found. It takes
-four minutes on one core; `-- -k WORD` runs a part.
+eight minutes on one core; `-- -k WORD` runs a part.
 """
 
 import argparse
