@@ -39,13 +39,14 @@ LAYERS = ((N_OBS + N_ACTIONS, 400), (400, 400), (256, 136), (128, 1))
 
 
 _WALKS = {"routed_modules_fwd": routed_modules_fwd_kernel, "routed_modules_bwd": routed_modules_bwd_kernel}
+_WALK_FLAGS = {"RESIDUAL": True, "order_ptr": None}
 
 
-def _of_networks(launch_of: Callable[..., dict[str, Any]], *sizes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _of_networks(launch_of: Callable[[int], dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each launch that differs for one to six networks, as many as an update has in one; and what to call it."""
     seen: list[dict[str, Any]] = []
     for n_nets in (1, 2, 4, 6):
-        launch = launch_of(n_nets, *sizes)
+        launch = launch_of(n_nets)
         if launch not in seen:
             seen.append(launch)
             yield f"-E{n_nets}" if len(seen) > 1 else "", launch
@@ -57,9 +58,8 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         size = f"N{n}-K{k}-D{d}"
         for precision in PRECISIONS:
             for name, kernel in _WALKS.items():
-                for which, launch in _of_networks(partial(walk_launch, name, precision, n, k, d), ROWS):
-                    flags = {"RESIDUAL": True, "order_ptr": None}
-                    yield name, size + which, precision, kernel, launch | flags
+                for which, launch in _of_networks(partial(walk_launch, name, precision, n, k, d, ROWS)):
+                    yield name, size + which, precision, kernel, launch | _WALK_FLAGS
             launch = gradient_launch(precision, n, k, d, ROWS) | {"STEP": 2, "member_ptr": None}
             yield "weight_gradient", size, precision, weight_gradient_kernel, launch
         shared = route_launch(n, k)
@@ -74,9 +74,8 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         yield "select_routes_bwd", size, "float32", select_routes_bwd_kernel, shared
     for n, k, d in NARROW:
         for precision in PRECISIONS:
-            backward = walk_launch("routed_modules_bwd", precision, n, k, d, 1, ROWS)
-            flags = {"RESIDUAL": True, "order_ptr": None}
-            yield "routed_modules_bwd", f"N{n}-K{k}-D{d}", precision, routed_modules_bwd_kernel, backward | flags
+            backward = walk_launch("routed_modules_bwd", precision, n, k, d, ROWS, 1) | _WALK_FLAGS
+            yield "routed_modules_bwd", f"N{n}-K{k}-D{d}", precision, routed_modules_bwd_kernel, backward
     n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS)["SPLIT_ROWS"])
     reduce = {"N_SPLITS": n_splits, "member_ptr": None} | REDUCE_LAUNCH
     yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce

@@ -248,7 +248,7 @@ def forward(
     check_dtype("h0", h0)
     n_nets, n_rows, width = h0.shape
     n_modules, n_kept = routes.index.shape[2:]
-    launch = walk_launch("routed_modules_fwd", precision, n_modules, n_kept, width, n_nets, n_rows)
+    launch = walk_launch("routed_modules_fwd", precision, n_modules, n_kept, width, n_rows, n_nets)
     if mixed is None:
         mixed = torch.empty_like(h0, memory_format=torch.contiguous_format)
     h = h0.new_empty(n_nets, n_modules, n_rows, width)
@@ -310,7 +310,7 @@ def backward_at(
     `weight_gradient` takes. d_mixed [E,B,D] is of the first networks that `forward` ran; place as there."""
     n_nets, n_rows, width = d_mixed.shape
     n_modules, n_kept = routes.index.shape[2:]
-    launch = walk_launch("routed_modules_bwd", precision, n_modules, n_kept, width, n_nets, n_rows)
+    launch = walk_launch("routed_modules_bwd", precision, n_modules, n_kept, width, n_rows, n_nets)
     to_relu = h.new_empty(n_nets, n_modules, n_rows, width)
     to_residual = torch.empty_like(to_relu) if residual else h.new_empty(0)
     if d_h0.numel() > 0:

@@ -31,7 +31,7 @@ class Settings(NamedTuple):
 # before any timing:
 # - 16 rows a tile: 160 tiles at the published E=2, B=1280, all resident at once where two programs fit a
 #   multiprocessor (132 of them), and few rows that disagree on what to skip. 32 rows halve the weights read from L2;
-#   by 16 warps they do not spill.
+#   by 16 warps they hardly spill (16 bytes of stack at most).
 # - The backward holds two adjoints and needs 143 registers; at 128 it spills up to 10 (40 bytes of stack), none of them
 #   in the loop of products, which costs less than a second round of tiles.
 # - The weight gradient takes whatever keeps two programs resident with a 128 x 64 total in registers: wgmma's m64n64.
@@ -60,10 +60,10 @@ def enough(n_programs: int) -> bool:
 
 
 def walk_launch(
-    kernel: str, precision: str, n_modules: int, n_kept: int, width: int, n_nets: int, n_rows: int
+    kernel: str, precision: str, n_modules: int, n_kept: int, width: int, n_rows: int, n_nets: int
 ) -> dict[str, Any]:
-    """Constants and options of a kernel that walks the modules of E networks over B rows each, all but RESIDUAL."""
-    settings = _settings(kernel, precision, width, n_nets, n_rows)
+    """Constants and options of a kernel that walks modules, all but RESIDUAL; n_rows: of each network."""
+    settings = _settings(kernel, precision, width, n_rows, n_nets)
     blocks = {"BLOCK_D": _block_width(width), "BLOCK_ROWS": settings.block_rows}
     blocks["BLOCK_K"] = min(settings.block_k, blocks["BLOCK_D"])
     return {"N": n_modules, "K": n_kept, "D": width, "PRECISION": precision} | blocks | _options(settings)
@@ -75,7 +75,7 @@ def gradient_launch(precision: str, n_modules: int, n_kept: int, width: int, n_r
     SPLIT_ROWS, the rows of one program: about eight splits fill the device at the published sizes (E=2, N=16: 60 tiles
     a split), and more would only add partial sums, E*(N-1)*D*D each.
     """
-    settings = _settings("weight_gradient", precision, width, 1, n_rows)
+    settings = _settings("weight_gradient", precision, width, n_rows, 1)
     split_rows = min(8192, max(128, triton.next_power_of_2(triton.cdiv(n_rows, 8))))
     blocks = {
         "SPLIT_ROWS": split_rows,
@@ -119,7 +119,7 @@ def check_in_place(name: str, value: Tensor, dtype: torch.dtype, shape: Sequence
         raise ValueError(f"{name}: expected a contiguous tensor")
 
 
-def _settings(kernel: str, precision: str, width: int, n_nets: int, n_rows: int) -> Settings:
+def _settings(kernel: str, precision: str, width: int, n_rows: int, n_nets: int) -> Settings:
     """Those of the largest tile that leaves enough programs, or of the smallest."""
     check_precision(precision)
     if not 1 <= width <= MAX_TRITON_WIDTH:
