@@ -60,8 +60,9 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
             for name, kernel in _WALKS.items():
                 for which, launch in _of_networks(partial(walk_launch, name, precision, n, k, d, ROWS)):
                     yield name, size + which, precision, kernel, launch | _WALK_FLAGS
-            launch = gradient_launch(precision, n, k, d, ROWS) | {"STEP": 2, "member_ptr": None}
-            yield "weight_gradient", size, precision, weight_gradient_kernel, launch
+            for which, launch in _of_networks(partial(gradient_launch, precision, n, k, d, ROWS)):
+                flags = {"STEP": 2, "member_ptr": None}
+                yield "weight_gradient", size + which, precision, weight_gradient_kernel, launch | flags
         shared = route_launch(n, k)
         unused: dict[str, dict[str, Any]] = {
             "greedy": {"temperature_ptr": None, "noise_ptr": None, "given_ptr": None},
@@ -76,7 +77,7 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         for precision in PRECISIONS:
             backward = walk_launch("routed_modules_bwd", precision, n, k, d, ROWS, 1) | _WALK_FLAGS
             yield "routed_modules_bwd", f"N{n}-K{k}-D{d}", precision, routed_modules_bwd_kernel, backward
-    n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS)["SPLIT_ROWS"])
+    n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS, 2)["SPLIT_ROWS"])
     reduce = {"N_SPLITS": n_splits, "member_ptr": None} | REDUCE_LAUNCH
     yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
     yield "row_order", "B1280", "float32", row_order_kernel, {"N_ROWS": ROWS} | ORDER_LAUNCH

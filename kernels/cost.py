@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from heapq import heapreplace
 from itertools import product
 from math import ceil, prod
 from pathlib import Path
@@ -105,7 +106,7 @@ class Line(NamedTuple):
     kernels: int
     programs: int
     resident: int
-    waves: int
+    waves: float
     hbm_mb: float
     l2_mb: float
     gflop: float
@@ -173,7 +174,7 @@ def predict(call: Call, card: Card, cached: Cache, resources: Resources | None) 
     resident, waves, steps, chain = 1, 1, 0, card.l2_latency
     if resources is not None:
         resident = resources.resident(call.arguments["num_warps"])
-        waves = ceil(programs / (resident * card.multiprocessors))
+        waves = _waves(work, programs, resident * card.multiprocessors)
         steps, chain = _chain(work, programs, resources, precision, card)
     # The busiest multiprocessor decides, where programs do not divide among them.
     uneven = ceil(programs / card.multiprocessors) * card.multiprocessors / programs if programs else 1.0
@@ -199,6 +200,16 @@ def predict(call: Call, card: Card, cached: Cache, resources: Resources | None) 
         us=1e6 * (times[bound] + launch),
         bound=bound if times[bound] > launch else "launch",
     )
+
+
+def _waves(work: Work, programs: int, places: int) -> float:
+    """How many times the longest program's time all take, each starting where one before it has ended."""
+    if len(work.programs) <= places:
+        return ceil(programs / places)
+    ends = [0.0] * places
+    for program in work.programs:
+        heapreplace(ends, ends[0] + program)
+    return max(ends)
 
 
 def _rate(precision: str, resources: Resources | None, card: Card) -> float:
@@ -238,8 +249,9 @@ def print_lines(lines: list[Line]) -> None:
     form = "{:22} {:>14} {:>8} {:>8} {:>5} {:>7} {:>7} {:>7} {:>6} {:>7}  {}"
     print(form.format(*(name for name in Line._fields if name != "kernels")))
     for line in lines:
-        numbers = [f"{value:.1f}" for value in (line.hbm_mb, line.l2_mb, line.gflop)]
-        print(form.format(*line[:2], *line[3:6], *numbers, line.steps, f"{line.us:.1f}", line.bound))
+        waves = f"{line.waves:.3g}"
+        numbers = [waves, *(f"{value:.1f}" for value in (line.hbm_mb, line.l2_mb, line.gflop))]
+        print(form.format(*line[:2], *line[3:5], *numbers, line.steps, f"{line.us:.1f}", line.bound))
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ class Tile(NamedTuple):
 # cores are bound by arithmetic, whatever is read.
 TILES = {
     "float32": [Tile(64, 64, 16, 8, 3)],
-    "tf32": [Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
-    "bf16": [Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3)],
+    "tf32": [Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
+    "bf16": [Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3)],
 }
 
 

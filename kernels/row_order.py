@@ -12,8 +12,9 @@ LAUNCH = {"BLOCK_ROWS": 32, "BLOCK_OTHERS": 256, "num_warps": 4} | FUSED
 
 @triton.jit
 def row_order_kernel(active_ptr, order_ptr, N_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OTHERS: tl.constexpr):
-    """Grid (cdiv(B, BLOCK_ROWS), E). A row's place is the number of its network's rows that come before it: with fewer
-    bits, or with the same and earlier. B^2 comparisons a network, of numbers in L2: at B=1280 less work than a launch.
+    """Grid (cdiv(B, BLOCK_ROWS), E). A row's place is the number of its network's rows that come before it: with a
+    higher module among those that only one of them runs, or with the same modules and earlier. Rows of few modules then
+    come last, so that the tiles which take longest start first and short ones fill in behind them. B^2 comparisons a network, of numbers in L2: at B=1280 less work than a launch.
 
     N_ROWS is a constant, for Triton 3.6's interpreter takes no tensor as the bound of a loop; a run has one.
     """
@@ -33,12 +34,13 @@ def row_order_kernel(active_ptr, order_ptr, N_ROWS: tl.constexpr, BLOCK_ROWS: tl
 
 @triton.jit
 def _key(active, row):
-    """One number that says which of two rows comes first."""
-    return (active.to(tl.int64) << 32) + row
+    """One number that says which of two rows comes first. Module 31 is the sign."""
+    return ((~active).to(tl.int64) & 0xFFFFFFFF) << 31 | row
 
 
 def row_order(active: Tensor) -> Tensor:
-    """[E,B] int64 of active [E,B] int32: the rows of every network by their bits, those with the same as they come."""
+    """[E,B] int64 of active [E,B] int32: the rows of every network by their bits, read as a number, from the
+    largest on; those with the same as they come."""
     order = torch.empty_like(active, dtype=torch.int64)
     if order.numel() > 0:
         grid = (triton.cdiv(active.shape[1], LAUNCH["BLOCK_ROWS"]), len(active))

@@ -34,7 +34,6 @@ class Settings(NamedTuple):
 #   by 16 warps they hardly spill (16 bytes of stack at most).
 # - The backward holds two adjoints and needs 143 registers; at 128 it spills up to 10 (40 bytes of stack), none of them
 #   in the loop of products, which costs less than a second round of tiles.
-# - The weight gradient takes whatever keeps two programs resident with a 128 x 64 total in registers: wgmma's m64n64.
 # - 2 stages are one buffer: a copy is issued after the product and awaited at once. 3 are two, so that a chunk's
 #   weights come while the one before is multiplied; but the forward in float32 would take 146 registers, and D = 256
 #   leaves no shared memory for a second program.
@@ -46,12 +45,11 @@ SETTINGS = {
     ("routed_modules_bwd", "float32"): ([Settings(16, 32, 8, 3, 128)], [Settings(16, 32, 8, 2)]),
     ("routed_modules_bwd", "tf32"): ([Settings(32, 64, 16, 3), Settings(16, 64, 8, 3, 128)], [Settings(16, 64, 8, 2)]),
     ("routed_modules_bwd", "bf16"): ([Settings(32, 64, 16, 3), Settings(16, 64, 8, 3, 128)], [Settings(16, 32, 8, 2)]),
-    ("weight_gradient", "float32"): ([Settings(16, 64, 8, 1)], [Settings(16, 64, 8, 1)]),
-    ("weight_gradient", "tf32"): ([Settings(16, 64, 8, 1)], [Settings(16, 64, 8, 1)]),
-    ("weight_gradient", "bf16"): ([Settings(16, 64, 8, 1)], [Settings(16, 64, 8, 1)]),
 }
+MULTIPROCESSORS = 132
+"""Of an H100 or H200: how many programs make a round of one each."""
 ENOUGH = 80
-"""Programs that a larger tile must leave, on 132 multiprocessors."""
+"""Programs that a larger tile must leave, of a round."""
 
 
 def enough(n_programs: int) -> bool:
@@ -69,20 +67,26 @@ def walk_launch(
     return {"N": n_modules, "K": n_kept, "D": width, "PRECISION": precision} | blocks | _options(settings)
 
 
-def gradient_launch(precision: str, n_modules: int, n_kept: int, width: int, n_rows: int) -> dict[str, Any]:
+def gradient_launch(
+    precision: str, n_modules: int, n_kept: int, width: int, n_rows: int, n_nets: int
+) -> dict[str, Any]:
     """Constants and options of the weight-gradient kernel.
 
-    SPLIT_ROWS, the rows of one program: about eight splits fill the device at the published sizes (E=2, N=16: 60 tiles
-    a split), and more would only add partial sums, E*(N-1)*D*D each.
+    A tile is a whole matrix where that is up to 128 x 128, so that what makes its operands is read once; by 16 warps,
+    for two programs of 8 hold no more of it. 32 rows a step halve the chain of dependent loads, where they hardly spill. SPLIT_ROWS, the rows of one program: as many splits as make one round of
+    all programs, for more would only add rounds, and partial sums of E*(N-1)*D*D each. At most 8,192, which is what a
+    program lists at once; at least 128.
     """
-    settings = _settings("weight_gradient", precision, width, n_rows, 1)
-    split_rows = min(8192, max(128, triton.next_power_of_2(triton.cdiv(n_rows, 8))))
-    blocks = {
-        "SPLIT_ROWS": split_rows,
-        "BLOCK_OUT": min(128, _block_width(width)),
-        "BLOCK_IN": min(settings.block_k, _block_width(width)),
-        "BLOCK_ROWS": settings.block_rows,
-    }
+    _check(precision, width)
+    settings = Settings(16, 64, 8, 1)
+    if precision != "float32" and width > 64:
+        settings = Settings(32 if width <= 128 else 16, 128, 16, 1)
+    block = _block_width(width)
+    blocks = {"BLOCK_OUT": min(128, block), "BLOCK_IN": min(settings.block_k, block), "BLOCK_ROWS": settings.block_rows}
+    n_tiles = n_nets * (n_modules - 1) * triton.cdiv(width, blocks["BLOCK_OUT"]) * triton.cdiv(width, blocks["BLOCK_IN"])
+    n_splits = max(1, MULTIPROCESSORS * (16 // settings.num_warps) // max(1, n_tiles))
+    split_rows = min(8192, max(128, triton.cdiv(triton.cdiv(n_rows, n_splits), 16) * 16))
+    blocks |= {"SPLIT_ROWS": split_rows, "BLOCK_LIST": triton.next_power_of_2(split_rows)}
     return {"N": n_modules, "K": n_kept, "D": width, "PRECISION": precision} | blocks | _options(settings)
 
 
@@ -121,12 +125,16 @@ def check_in_place(name: str, value: Tensor, dtype: torch.dtype, shape: Sequence
 
 def _settings(kernel: str, precision: str, width: int, n_rows: int, n_nets: int) -> Settings:
     """Those of the largest tile that leaves enough programs, or of the smallest."""
-    check_precision(precision)
-    if not 1 <= width <= MAX_TRITON_WIDTH:
-        raise ValueError(f"triton: expected a module width D of 1..{MAX_TRITON_WIDTH}, got {width}")
+    _check(precision, width)
     *larger, smallest = SETTINGS[kernel, precision][width > 128]
     fitting = (one for one in larger if enough(n_nets * triton.cdiv(n_rows, one.block_rows)))
     return next(fitting, smallest)
+
+
+def _check(precision: str, width: int) -> None:
+    check_precision(precision)
+    if not 1 <= width <= MAX_TRITON_WIDTH:
+        raise ValueError(f"triton: expected a module width D of 1..{MAX_TRITON_WIDTH}, got {width}")
 
 
 def _options(settings: Settings) -> dict[str, Any]:

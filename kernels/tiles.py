@@ -65,6 +65,18 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def by_rows(a):
+    """`a` [rows,cols] itself, in the layout of loads and stores: a row lies in one warp, next to each other.
+
+    What a product gives stays as tensor cores left it, and so does all that is computed with it: each load or store
+    beside it then goes through shared memory, with two barriers, to be laid out alike. A gather along rows is laid out
+    by rows; this one takes every number from where it is, so that only the product itself goes there.
+    """
+    col = tl.arange(0, a.shape[1])[None, :]
+    return tl.gather(a, tl.broadcast_to(col, a.shape), 1)
+
+
+@triton.jit
 def to_tf32(a):
     """float32 rounded to the 10 bits of tf32, to nearest and ties away from zero: a tensor core just drops the others.
 

@@ -19,7 +19,8 @@ def weight_gradient_kernel(
     to_relu_ptr, opened_ptr, h_ptr, index_ptr, gate_ptr, active_ptr, list_ptr, d_weight_ptr, d_bias_ptr, member_ptr,
     n_rows,
     STEP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr, BLOCK_LIST: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (E*(N-1), splits, tiles of D*D); a program owns one tile of d_weight [splits,E,N-1,D,D] of one module.
 
@@ -43,8 +44,9 @@ def weight_gradient_kernel(
     back = saved
     if member_ptr is not None:
         saved, back = tl.load(member_ptr + net * 4), tl.load(member_ptr + net * 4 + 1)
-    at = split * SPLIT_ROWS + tl.arange(0, SPLIT_ROWS)
-    active = tl.load(active_ptr + saved * n_rows + at, mask=at < n_rows, other=0)
+    own = tl.arange(0, BLOCK_LIST)
+    at = split * SPLIT_ROWS + own
+    active = tl.load(active_ptr + saved * n_rows + at, mask=(own < SPLIT_ROWS) & (at < n_rows), other=0)
     listed = (active >> i) & 1
     place = tl.cumsum(listed, 0) - 1
     program = (module.to(tl.int64) * tl.num_programs(1) + split) * tl.num_programs(2) + tl.program_id(2)
@@ -128,7 +130,7 @@ def weight_gradient(
         d_weight.zero_()
         d_bias.zero_()
         return
-    launch = gradient_launch(precision, n_modules, index.shape[3], width, n_rows)
+    launch = gradient_launch(precision, n_modules, index.shape[3], width, n_rows, n_nets)
     n_splits = triton.cdiv(n_rows, launch["SPLIT_ROWS"])
     whole = n_splits == 1
     parts = [d_weight, d_bias] if whole else [v.new_empty(n_splits, *v.shape) for v in (d_weight, d_bias)]
@@ -151,7 +153,7 @@ def weight_gradient_at(
     """Writes the gradients of several networks to their places in the flat gradient. member [G,4] int64 of each: its
     number among those that forward saved for, and in to_relu; where its weight and its bias begin. N is at least 2."""
     (n_modules, n_rows, width), n_nets = to_relu.shape[1:], len(member)
-    launch = gradient_launch(precision, n_modules, index.shape[3], width, n_rows)
+    launch = gradient_launch(precision, n_modules, index.shape[3], width, n_rows, n_nets)
     n_splits = triton.cdiv(n_rows, launch["SPLIT_ROWS"])
     parts = [h.new_empty(n_splits, n_nets, n_modules - 1, *shape) for shape in ((width, width), (width,))]
     _sum_products(to_relu, opened, h, index, gate, active, parts, member, n_nets, 0, launch)

@@ -104,10 +104,10 @@ def forward(call: Call) -> Work:
     opened = _of_members(a["opened_ptr"], first, n)
     weights = FLOAT * n * (n_modules - 1) * width * width
     accesses += [Access(a["parameters_ptr"], 0.0, weights * n_tiles * shares.touched / (n_modules - 1), False)]
-    accesses += [Access(h, 0.0, (2 * runs + row) * k, False), Access(h, runs + row, runs + row, True)]
+    accesses += [Access(h, 0.0, (runs + row) * k, False), Access(h, runs + row, runs + row, True)]
     accesses += [Access(opened, runs / FLOAT, runs / FLOAT, True)]
     flop += 2.0 * n_tiles * n * shares.touched * a["BLOCK_ROWS"] * a["BLOCK_D"] ** 2
-    return _work(accesses, flop, layers, shares, a, of_module=3)
+    return _work(accesses, flop, layers, shares, a, of_module=2)
 
 
 def backward(call: Call) -> Work:
@@ -139,6 +139,6 @@ def backward(call: Call) -> Work:
     accesses += [Access(a["parameters_ptr"], 0.0, weights * n_tiles * shares.touched / (n_modules - 1), False)]
     for name in ("to_relu_ptr", "to_residual_ptr")[: 2 if a["RESIDUAL"] else 1]:
         part = _of_members(a[name], at, n, len(BACK))
-        accesses += [Access(part, 0.0, n * (pushed + runs), False), Access(part, n * (runs + row), n * pushed, True)]
+        accesses += [Access(part, 0.0, n * pushed, False), Access(part, n * (runs + row), n * pushed, True)]
     flop += 2.0 * n_tiles * n * shares.touched * a["BLOCK_ROWS"] * a["BLOCK_D"] ** 2
     return _work(accesses, flop, layers, shares, a, of_module=k + 2)

@@ -38,6 +38,7 @@ class Work(NamedTuple):
     depth      terms of the longest sum of products in one program
     passes     times that it goes through its longest loop around products, such as that of modules
     reductions sums or extremes over threads, one after the other
+    programs   what each takes of the longest's time, in the order in which they start; empty: all alike
     """
 
     accesses: list[Access]
@@ -47,6 +48,7 @@ class Work(NamedTuple):
     depth: float = 0
     passes: float = 0
     reductions: float = 0
+    programs: tuple[float, ...] = ()
 
 
 def work_of(call: Call) -> Work:
@@ -155,11 +157,20 @@ def _network_gradient(call: Call) -> Work:
 
 
 class Shares(NamedTuple):
-    """Of the modules 1..N-1: how many a row runs, how many a tile of rows touches, and the tile that touches most."""
+    """Of the modules 1..N-1: how many a row runs, how many a tile of rows touches, and the tile that touches most; and
+    how many each tile of some networks touches, in order."""
 
     active: float
     touched: float
     most_touched: float
+    of_tiles: tuple[tuple[float, ...], ...]
+
+    def of_programs(self, n_tiles: int, n_nets: int) -> tuple[float, ...]:
+        """What each program takes of the longest's time, in the order in which they start: all networks' first tiles
+        first. A tile's beginning and end take about as long as a module."""
+        nets = [self.of_tiles[net % len(self.of_tiles)] for net in range(n_nets)]
+        whole = 1 + self.most_touched
+        return tuple((1 + nets[net][tile % len(nets[net])]) / whole for tile in range(n_tiles) for net in range(n_nets))
 
 
 @cache
@@ -175,34 +186,40 @@ def route_shares(n_modules: int, n_kept: int, n_rows: int, block_rows: int, in_o
     for i in range(n_modules - 1, 0, -1):
         active = active | torch.where((active >> i) & 1 != 0, bits[:, i - 1], 0)
     if in_order:
-        active = active.view(n_nets, n_rows).sort(1).values.flatten()
+        active = active.view(n_nets, n_rows).sort(1, descending=True).values.flatten()
     runs = (active[:, None] >> torch.arange(1, n_modules)) & 1 != 0  # [rows,modules]
-    tiles = runs[: len(runs) // block_rows * block_rows].view(-1, block_rows, n_modules - 1).any(1).sum(1)
-    tiles = tiles.double()
-    return Shares(runs.sum(1).double().mean().item(), tiles.mean().item(), tiles.max().item())
+    n_tiles = n_rows // block_rows
+    tiles = runs.view(n_nets, n_rows, -1)[:, : n_tiles * block_rows].reshape(n_nets, n_tiles, block_rows, n_modules - 1)
+    touched = tiles.any(2).sum(2).double()
+    of_tiles = tuple(tuple(of_net) for of_net in touched.tolist())
+    return Shares(runs.sum(1).double().mean().item(), touched.mean().item(), touched.max().item(), of_tiles)
 
 
 def _routed_fwd(call: Call) -> Work:
-    a, (n_tiles, n_nets) = call.arguments, call.grid
-    n_rows, n, k, d = a["n_rows"], a["N"], a["K"], a["D"]
+    a = call.arguments
+    n_nets, n_rows, n, k, d = a["n_nets"], a["n_rows"], a["N"], a["K"], a["D"]
+    n_tiles = call.grid[0] // n_nets
     shares = route_shares(n, k, n_rows, a["BLOCK_ROWS"], a["order_ptr"] is not None)
     row = n_nets * n_rows * d * FLOAT
     runs = shares.active * row
     accesses = _once(call._replace(arguments={x: a[x] for x in ("index_ptr", "gate_ptr", "active_ptr")}), ())
     accesses += _part(a["h0_ptr"], row) + _part(a["mixed_ptr"], row, written=True)
     accesses += _part(a["weight_ptr"], n_nets * (n - 1) * d * d * FLOAT, n_tiles * shares.touched / (n - 1))
-    # Sources are what this very launch wrote: traffic, but nothing to fetch.
-    accesses += [Access(a["h_ptr"], 0.0, (2 * runs + row) * k, False), Access(a["h_ptr"], runs + row, runs + row, True)]
+    # Sources are what this very launch wrote: traffic, but nothing to fetch. They are read again for the residual at
+    # once, some 32 KB of a tile, which the first-level cache still has.
+    accesses += [Access(a["h_ptr"], 0.0, (runs + row) * k, False), Access(a["h_ptr"], runs + row, runs + row, True)]
     accesses += _part(a["opened_ptr"], runs / FLOAT, written=True)
     flop = 2.0 * n_tiles * n_nets * shares.touched * a["BLOCK_ROWS"] * a["BLOCK_D"] ** 2
     most, chunks = shares.most_touched, a["BLOCK_D"] // a["BLOCK_K"]
-    # Of a module: its sources' numbers, the sources, and both again for the residual.
-    return Work(accesses, flop, ceil(most * 3) + 3, most * chunks, most * a["BLOCK_D"], most, most)
+    # Of a module: its sources' numbers, and the sources.
+    chain = ceil(most * 2) + 3, most * chunks, most * a["BLOCK_D"], most, most
+    return Work(accesses, flop, *chain, shares.of_programs(n_tiles, n_nets))
 
 
 def _routed_bwd(call: Call) -> Work:
-    a, (n_tiles, n_nets) = call.arguments, call.grid
-    n_rows, n, k, d = a["n_rows"], a["N"], a["K"], a["D"]
+    a = call.arguments
+    n_nets, n_rows, n, k, d = a["n_nets"], a["n_rows"], a["N"], a["K"], a["D"]
+    n_tiles = call.grid[0] // n_nets
     shares = route_shares(n, k, n_rows, a["BLOCK_ROWS"], a["order_ptr"] is not None)
     row = n_nets * n_rows * d * FLOAT
     runs = shares.active * row
@@ -212,12 +229,14 @@ def _routed_bwd(call: Call) -> Work:
     accesses += _part(a["d_mixed_ptr"], row) + _part(a["d_h0_ptr"], row, written=True)
     accesses += _part(a["weight_ptr"], n_nets * (n - 1) * d * d * FLOAT, n_tiles * shares.touched / (n - 1))
     accesses += [Access(a["h_ptr"], runs + row, pushed, False), *_part(a["opened_ptr"], runs / FLOAT)]
+    # The first gradient that reaches an adjoint is stored, later ones are added; then its module reads it, or d_h0.
     for name in ("to_relu_ptr", "to_residual_ptr")[:n_adjoints]:
-        accesses += [Access(a[name], 0.0, pushed + runs, False), Access(a[name], runs + row, pushed, True)]
+        accesses += [Access(a[name], 0.0, pushed, False), Access(a[name], runs + row, pushed, True)]
     flop = 2.0 * n_tiles * n_nets * shares.touched * a["BLOCK_ROWS"] * a["BLOCK_D"] ** 2
     most, chunks = shares.most_touched, a["BLOCK_D"] // a["BLOCK_K"]
     # Of a module: its sources' numbers, and for each of K the gradient that is there already.
-    return Work(accesses, flop, ceil(most * (2 + k)) + 2 + k, most * chunks, most * a["BLOCK_D"], most, most * (k + 2))
+    chain = ceil(most * (2 + k)) + 2 + k, most * chunks, most * a["BLOCK_D"], most, most * (k + 2)
+    return Work(accesses, flop, *chain, shares.of_programs(n_tiles, n_nets))
 
 
 def _weight_gradient(call: Call) -> Work:
