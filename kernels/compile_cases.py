@@ -11,7 +11,7 @@ from d2r_fast.kernels import ensemble_linear, network_gradient, optimiser_step
 from d2r_fast.kernels.expert_sum import expert_sum_bwd_kernel, expert_sum_fwd_kernel, sum_launch
 from d2r_fast.kernels.gumbel import LAUNCH as GUMBEL_LAUNCH
 from d2r_fast.kernels.gumbel import gumbel_kernel
-from d2r_fast.kernels.layers import ELEMENTS_LAUNCH, split_base_bwd_kernel, split_base_kernel
+from d2r_fast.kernels.layers import base_launch, split_base_bwd_kernel, split_base_kernel
 from d2r_fast.kernels.module_levels import mix_bwd_kernel, mix_fwd_kernel, mix_launch
 from d2r_fast.kernels.replay_rows import replay_rows_kernel, rows_launch
 from d2r_fast.kernels.routed_modules import routed_modules_bwd_kernel, routed_modules_fwd_kernel
@@ -81,9 +81,6 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     reduce = {"N_SPLITS": n_splits, "member_ptr": None} | REDUCE_LAUNCH
     yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
     yield "row_order", "B1280", "float32", row_order_kernel, {"N_ROWS": ROWS} | ORDER_LAUNCH
-    split = {"H": 400, "T": 10} | ELEMENTS_LAUNCH
-    yield "split_base", "H400", "float32", split_base_kernel, split
-    yield "split_base_bwd", "H400", "float32", split_base_bwd_kernel, split
     for n, d in ((4, 128), (2, 256)):
         for targets in (n, 1):
             yield "mix_fwd", f"N{n}-J{targets}-D{d}", "float32", mix_fwd_kernel, mix_launch(n, targets, d)
@@ -132,6 +129,13 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
                 launch_of = partial(ensemble_linear.linear_launch, name, precision, n_in, n_out, ROWS)
                 for which, launch in _of_networks(launch_of):
                     yield f"ensemble_linear_{name}", f"{n_in}to{n_out}{which}", precision, kernel, launch | flags
+    for precision in PRECISIONS:
+        for name, kernel, way, n_out in (
+            ("split_base", split_base_kernel, "fwd", 400),
+            ("split_base_bwd", split_base_bwd_kernel, "bwd", 128),
+        ):
+            for which, launch in _of_networks(partial(base_launch, way, precision, 400, n_out, ROWS)):
+                yield name, f"H400{which}", precision, kernel, launch | {"T": 10}
     rows = Rows(False, 0, 400, 0)
     for precision in PRECISIONS:
         for which, launch in _of_networks(

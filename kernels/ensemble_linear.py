@@ -142,10 +142,12 @@ def ensemble_linear_gradient_kernel(
         tl.store(d_bias_ptr + part * N_OUT + out, tl.sum(of_bias, 0), mask=exists)
 
 
-def linear_launch(kernel: str, precision: str, n_in: int, n_out: int, n_rows: int, n_nets: int) -> dict[str, Any]:
+def linear_launch(
+    kernel: str, precision: str, n_in: int, n_out: int, n_rows: int, n_nets: int, tiles: dict[str, list[Tile]] = TILES
+) -> dict[str, Any]:
     """Constants and options of "fwd", "bwd" or "gradient", all but RELU and what says which networks share what.
 
-    n_nets: whose results are apart. SPLIT_ROWS: about eight splits fill the device, and more would only add partial
+    n_nets: whose results are apart. tiles: to choose from, by precision. SPLIT_ROWS: about eight splits fill the device, and more would only add partial
     sums.
     """
     sizes = {"fwd": ("ROWS", "OUT", n_in), "bwd": ("ROWS", "IN", n_out), "gradient": ("OUT", "IN", n_rows)}
@@ -153,7 +155,7 @@ def linear_launch(kernel: str, precision: str, n_in: int, n_out: int, n_rows: in
     widths = {"ROWS": n_rows, "IN": n_in, "OUT": n_out}
     split_rows = min(8192, max(256, triton.next_power_of_2(triton.cdiv(n_rows, 8))))
     n_splits = triton.cdiv(n_rows, split_rows) if kernel == "gradient" else 1
-    tile = tile_of(precision, [(widths[first], widths[second])] * (n_nets * n_splits))
+    tile = tile_of(precision, [(widths[first], widths[second])] * (n_nets * n_splits), tiles)
     blocks = {
         f"BLOCK_{first}": _fitting(tile.first, widths[first]),
         f"BLOCK_{second}": _fitting(tile.second, widths[second]),

@@ -15,7 +15,7 @@ from d2r_fast.kernels.gumbel import gumbel_of
 from d2r_fast.kernels.settings import FUSED, check_dtype, packed
 from d2r_fast.kernels.tiles import sum_products
 
-WARP_LOGITS = 256  # of the padded block, 8 a thread: at N=16 a row is one warp, so no reduction needs a barrier
+WARP_LOGITS = 512  # of the padded block, 16 a thread: at N=16 two rows are one warp, so no reduction needs a barrier
 
 
 @triton.jit

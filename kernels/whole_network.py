@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from d2r_fast.kernels.layers import task_row
 from d2r_fast.kernels.routed_modules import walk, walk_back
 from d2r_fast.kernels.select_routes import choose, route_launch, unchoose
 from d2r_fast.kernels.settings import FUSED, check_dtype
@@ -128,16 +129,6 @@ def _layer_back(
     tl.debug_barrier()
 
 
-@triton.jit
-def _task_row(weight_ptr, bias_ptr, task, feature, inside, H: tl.constexpr, T: tl.constexpr):
-    """Column `task` of the task's weight [H,T], plus its bias, [rows,features]. A task that does not exist adds nothing
-    to the bias."""
-    mask = inside[:, None] & (feature < H)[None, :]
-    known = mask & ((task >= 0) & (task < T))[:, None]
-    weight = tl.load(weight_ptr + feature[None, :] * T + task[:, None], mask=known, other=0.0)
-    return weight + tl.load(bias_ptr + feature, mask=feature < H, other=0.0)[None, :]
-
-
 @triton.jit(do_not_specialize=["n_rows"])
 def whole_network_fwd_kernel(
     x_ptr, parameters_ptr, line_ptr, task_ptr, temperature_ptr, noise_ptr, given_ptr, normal_ptr,
@@ -181,9 +172,9 @@ def whole_network_fwd_kernel(
             parameters_ptr + _at(line_ptr, LAYERS + 3, H),
             row, inside, feature, feature < H, H, PRECISION, BLOCK_DEPTH,
         )  # fmt: skip
-        g = _task_row(
+        g = task_row(
             parameters_ptr + _at(line_ptr, LAYERS + 4, T), parameters_ptr + _at(line_ptr, LAYERS + 5, H),
-            task, feature, inside, H, T,
+            task, inside, feature, feature < H, H, T,
         )  # fmt: skip
         at, mask = (row * H)[:, None] + feature[None, :], inside[:, None] & (feature < H)[None, :]
         tl.store(f_ptr + at, f, mask=mask)
@@ -356,9 +347,9 @@ def whole_network_bwd_kernel(
             row, inside, feature, H, D, True, PRECISION, min(BLOCK_DEPTH, BLOCK_D),
         )  # fmt: skip
         f = load_tile(f_ptr, row, inside, feature, H, H)
-        g = _task_row(
+        g = task_row(
             parameters_ptr + _at(line_ptr, LAYERS + 4, T), parameters_ptr + _at(line_ptr, LAYERS + 5, H),
-            task, feature, inside, H, T,
+            task, inside, feature, feature < H, H, T,
         )  # fmt: skip
         place, exists = (row * H)[:, None] + feature[None, :], inside[:, None] & (feature < H)[None, :]
         tl.store(d_f_ptr + place, d_scaled * g + tl.where(f > 0, d_positive, 0.0), mask=exists)

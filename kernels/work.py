@@ -73,8 +73,6 @@ _ONCE: dict[str, tuple[tuple[str, ...], int, int]] = {
     "gumbel": (("noise_ptr",), 1, 0),
     "squashed_normal_fwd": (("action_ptr", "logp_ptr"), 1, 1),
     "squashed_normal_bwd": (("d_out_ptr",), 1, 0),
-    "split_base": (("scaled_ptr", "opened_ptr"), 3, 0),
-    "split_base_bwd": (("d_f_ptr", "d_g_ptr"), 3, 0),
     "select_routes_fwd": (("index_ptr", "gate_ptr", "flow_ptr", "active_ptr"), 2, 30),
     "select_routes_bwd": (("d_logits_ptr",), 2, 4),
     "sac_losses": (("losses_ptr", "d_q_ptr", "d_logp_ptr", "d_log_alpha_ptr"), 4, 5),
@@ -130,6 +128,24 @@ def _linear_bwd(call: Call) -> Work:
     flop = 2.0 * prod(call.grid) * a["BLOCK_ROWS"] * a["BLOCK_IN"] * depth
     chunks = depth // a["BLOCK_DEPTH"]
     return Work(accesses, flop, loads=2, chunks=chunks, depth=depth)
+
+
+def _split_base(call: Call) -> Work:
+    """A linear layer that also writes its product with g and its ReLU; g's own weights are few."""
+    a = call.arguments
+    product = _linear_fwd(call._replace(arguments=a | {"SHARED": False, "weight_ptr": a["parameters_ptr"], "y_ptr": a["f_ptr"]}))
+    others = [Access(a[name], a[name].n_bytes, a[name].n_bytes, True) for name in ("scaled_ptr", "positive_ptr")]
+    return product._replace(accesses=product.accesses + others, loads=product.loads + 2)
+
+
+def _split_base_bwd(call: Call) -> Work:
+    """The gradient through a linear layer, which stays in registers, and what it meets."""
+    a = call.arguments
+    product = _linear_bwd(call._replace(arguments=a | {"SHARED": False, "RELU": True, "weight_ptr": a["parameters_ptr"], "d_x_ptr": a["d_f_ptr"]}))
+    n_bytes = a["d_g_ptr"].n_bytes
+    others = [Access(a["d_scaled_ptr"], n_bytes, n_bytes, False), Access(a["f_ptr"], n_bytes, n_bytes, False)]
+    others.append(Access(a["d_g_ptr"], n_bytes, n_bytes, True))
+    return product._replace(accesses=product.accesses + others, loads=product.loads + 2)
 
 
 def _network_gradient(call: Call) -> Work:
@@ -298,6 +314,8 @@ _WHOLE = {"whole_network_fwd": "forward", "whole_network_bwd": "backward"}
 _SPECIAL: dict[str, Callable[[Call], Work]] = {
     "ensemble_linear_fwd": _linear_fwd,
     "ensemble_linear_bwd": _linear_bwd,
+    "split_base": _split_base,
+    "split_base_bwd": _split_base_bwd,
     "network_gradient": _network_gradient,
     "routed_modules_fwd": _routed_fwd,
     "routed_modules_bwd": _routed_bwd,

@@ -147,8 +147,11 @@ class LayeredPass:
             return y
 
         linear("base0", x, True, kept["base0"])
-        self._f = linear("base1", kept["base0"])
-        _split_base(self._f, self._all, place["task"], task, net.n_tasks, kept["scaled"], kept["opened"])
+        self._f = torch.empty_like(kept["scaled"])
+        _split_base(
+            *(kept["base0"], self._all, place["base1"], place["task"], task, net.n_tasks),
+            *(self._f, kept["scaled"], kept["opened"], cfg.precision),
+        )
         read, n_hidden = kept["scaled"], len(cfg.route_widths)
         for i in range(n_hidden):
             read = linear(f"route{i}", read, True, kept[f"route{i}"])
@@ -203,10 +206,9 @@ class LayeredPass:
             name, before = f"route{i}", f"route{i - 1}"
             to_input(name, d_z[name], d_z[before], kept.get(name))
         d_scaled = to_input("route0", d_z["route0"], fresh(cfg.base_width), kept["route0"])
-        d_opened = to_input("module0", d_z["module0"], fresh(cfg.base_width), kept["module0"])
         _split_base_backward(
-            *(d_scaled, d_opened, self._f, self._all, place["task"], self._task, net.n_tasks),
-            *(d_z["base1"], d_z["task"]),
+            *(d_z["module0"], self._all, place["module0"], kept["module0"], d_scaled, self._f, place["task"]),
+            *(self._task, net.n_tasks, d_z["base1"], d_z["task"], precision),
         )
         to_input("base1", d_z["base1"], d_z["base0"])
         _network_gradient(self._buffer, self._x, buffer, d_out, flat.gradient, plan.table)

@@ -13,7 +13,7 @@ import triton.language as tl
 from d2r_fast.kernels import ensemble_linear as linear
 from d2r_fast.kernels import layers, network_gradient, settings
 from d2r_fast.kernels.tiles import to_tf32
-from d2r_fast.ops.backends import INTERPRETED
+from d2r_fast.ops.backends import INTERPRETED, PRECISIONS
 from d2r_fast.ops.layer_gradients import Product, Rows, Sum
 
 pytestmark = [
@@ -254,32 +254,51 @@ def test_gradients_of_all_layers_in_one_launch(precision, n_enough, monkeypatch)
     assert torch.equal(again, written)
 
 
-def test_the_base_goes_on_by_its_tasks_row_and_back():
-    e, n, width, n_tasks = 2, 9, 130, 3
-    f, weight, bias = (
-        torch.randn(*s, device=DEVICE, dtype=DTYPE) for s in ((e, n, width), (e, width, n_tasks), (e, width))
-    )
-    task = torch.arange(n, device=DEVICE) % n_tasks
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_base_goes_on_by_its_tasks_row_and_back(precision):
+    """f = x W^T + b goes on as f g, g by the task, and as ReLU(f), which a layer of ReLU(V ReLU(f)) reads."""
+    e, n, n_in, width, n_out, n_tasks = 2, 37, 20, 130, 9, 3
+    dtype = DTYPE if precision == "float32" else torch.float32
+
+    def random(*shape):
+        return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+    parts = {"weight": random(e, width, n_in), "bias": random(e, width), "v": random(e, n_out, width)}
+    parts |= {"of_task": random(e, width, n_tasks), "task_bias": random(e, width)}
+    buffer = torch.cat([part.flatten() for part in parts.values()])
+    begin = dict(zip(parts, accumulate((part.numel() for part in parts.values()), initial=0), strict=False))
+
+    def place(weight, bias, x_width=0):
+        """Of both networks; the second one's x comes first."""
+        of_net = [[begin[name] + i * parts[name][0].numel() for name in (weight, bias)] for i in range(e)]
+        return torch.tensor([[*at, (e - 1 - i) * n * x_width] for i, at in enumerate(of_net)], device=DEVICE)
+
+    x, task = random(e, n, n_in), torch.arange(n, device=DEVICE) % n_tasks
     task[0] = n_tasks  # which does not exist, and adds nothing to the bias
-    buffer = torch.cat([weight.flatten(), bias.flatten()])
-    place = torch.tensor([[i * width * n_tasks, (e * n_tasks + i) * width, 0] for i in range(e)], device=DEVICE)
-    onehot = (task[:, None] == torch.arange(n_tasks, device=DEVICE)).to(DTYPE)
-    f.requires_grad_()
-    g = (onehot @ weight.mT + bias[:, None]).requires_grad_()
-    expected = f * g, f.relu()
-    scaled, opened, d_f, d_g = (torch.empty_like(f).detach() for _ in range(4))
-    layers.split_base(f.detach(), buffer, place, task, n_tasks, scaled, opened)
+    onehot = (task[:, None] == torch.arange(n_tasks, device=DEVICE)).to(dtype)
+    f, scaled, positive, d_f, d_g = (torch.empty(e, n, width, device=DEVICE, dtype=dtype) for _ in range(5))
+    of_base, of_task = place("weight", "bias", n_in), place("of_task", "task_bias")
+    layers.split_base(x, buffer, of_base, of_task, task, n_tasks, f, scaled, positive, precision)
+    z = nearest(x.flip(0), precision) @ nearest(parts["weight"], precision).mT + parts["bias"][:, None]
+    torch.testing.assert_close(f.double(), z.double(), rtol=1e-5, atol=1e-4)
+    ours, g = f.clone().requires_grad_(), onehot @ parts["of_task"].mT + parts["task_bias"][:, None]
+    g.requires_grad_()
+    expected = ours * g, ours.relu()
     torch.testing.assert_close(scaled, expected[0].detach())
-    assert torch.equal(opened, expected[1].detach())
-    d_scaled, d_opened = torch.randn_like(scaled), torch.randn_like(opened)
-    layers.split_base_backward(d_scaled, d_opened, f.detach(), buffer, place, task, n_tasks, d_f, d_g)
-    torch.testing.assert_close((d_f, d_g), torch.autograd.grad(expected, (f, g), (d_scaled, d_opened)))
+    assert torch.equal(positive, expected[1].detach())
+
+    y, d_y, d_scaled = (positive @ parts["v"].mT).relu(), random(e, n, n_out), random(e, n, width)
+    reads = place("v", "bias")
+    layers.split_base_backward(d_y, buffer, reads, y, d_scaled, f, of_task, task, n_tasks, d_f, d_g, precision)
+    d_positive = nearest(torch.where(y > 0, d_y, 0), precision) @ nearest(parts["v"], precision)
+    truth = torch.autograd.grad(expected, (ours, g), (d_scaled, d_positive.to(dtype)))
+    torch.testing.assert_close((d_f, d_g), truth, rtol=1e-5, atol=1e-4)
 
 
 def test_the_largest_tile_that_leaves_enough_programs():
     """Of the layers of MT10: 1,280 rows, of all critics or of two."""
     tile = {n: linear.tile_of("tf32", [(1280, 400)] * n) for n in (1, 2, 6)}
-    assert [(t.first, t.second) for t in tile.values()] == [(64, 128), (128, 128), (128, 128)]
+    assert [(t.first, t.second) for t in tile.values()] == [(64, 128), (128, 128), (128, 256)]
     assert linear.tile_of("tf32", [(1280, 136)])[:2] == (64, 64)
     assert linear.tile_of("float32", [(1280, 400)] * 6)[:2] == (64, 64)
 
