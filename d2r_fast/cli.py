@@ -1,5 +1,8 @@
 """The command line: finds the command, and turns what is wrong with its input into one line."""
 
+import os
+import select
+import signal
 import sys
 from importlib import import_module
 
@@ -62,8 +65,21 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     try:
         status: int = command.run(args[1:])
+        sys.stdout.flush()
     except (ValueError, OSError, MemoryError, ImportError, FloatingPointError, WorkerError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE  # what a shell says of a program that ends so
         # Notes say whose error it is, where several processes make one run.
         print(": ".join([f"d2r {args[0]}", *getattr(error, "__notes__", []), str(error)]), file=sys.stderr)
         return 1
     return status
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output's reader has left, as `head` does when it has enough; what is left for it is dropped."""
+    pipe, poll = sys.stdout.fileno(), select.poll()
+    poll.register(pipe, 0)  # that nobody is at the other end is told always
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), pipe)
+    return True

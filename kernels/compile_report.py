@@ -28,7 +28,7 @@ from d2r_fast.kernels.compile_cases import ROWS, cases
 
 TARGET = GPUTarget("cuda", 90, 32)
 MAX_STACK = {"routed_modules_fwd": 64, "routed_modules_bwd": 64, "whole_network_fwd": 64, "whole_network_bwd": 64}
-MAX_STACK |= {"weight_gradient": 32, "split_base_bwd": 32}  # of 16 warps, which have no more than 128 registers
+MAX_STACK |= {"weight_gradient": 32, "split_base": 32, "split_base_bwd": 32}  # 16 warps: 128 registers at most
 """Bytes a thread may spill (others: none). At 128 registers a second program fits on the multiprocessor, and ptxas
 spills what does not fit: 0 to 40 bytes, by its version (Triton 3.6 to 3.9). Those values outlive a module and are read
 at most once a module: 16 loads at this bound, beside a thousand multiply-adds in float32."""
@@ -42,7 +42,10 @@ ALIGNED = ("n_weights", "n_biases", "n", "targets_begin", "n_targets")
 """Whole numbers that the launcher finds to be multiples of 16 at every size here."""
 TYPES = {
     "*i32": ("index_ptr", "given_ptr", "active_ptr", "list_ptr"),
-    "*i64": ("size_ptr", "step_ptr", "table_ptr", "order_ptr", "place_ptr", "task_place_ptr", "task_ptr", "line_ptr", "member_ptr"),
+    "*i64": (
+        *("size_ptr", "step_ptr", "table_ptr", "order_ptr", "place_ptr", "task_place_ptr", "task_ptr", "line_ptr"),
+        "member_ptr",
+    ),
     "*u8": ("route_ptr", "routes_ptr"),
     "*i1": ("opened_ptr", "flow_ptr", "ended_ptr"),
     "*fp64": ("share_ptr", "corrections_ptr"),

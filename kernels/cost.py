@@ -174,7 +174,7 @@ def predict(call: Call, card: Card, cached: Cache, resources: Resources | None) 
     resident, waves, steps, chain = 1, 1, 0, card.l2_latency
     if resources is not None:
         resident = resources.resident(call.arguments["num_warps"])
-        waves = _waves(work, programs, resident * card.multiprocessors)
+        waves = waves_of(work, programs, resident * card.multiprocessors)
         steps, chain = _chain(work, programs, resources, precision, card)
     # The busiest multiprocessor decides, where programs do not divide among them.
     uneven = ceil(programs / card.multiprocessors) * card.multiprocessors / programs if programs else 1.0
@@ -202,7 +202,7 @@ def predict(call: Call, card: Card, cached: Cache, resources: Resources | None) 
     )
 
 
-def _waves(work: Work, programs: int, places: int) -> float:
+def waves_of(work: Work, programs: int, places: int) -> float:
     """How many times the longest program's time all take, each starting where one before it has ended."""
     if len(work.programs) <= places:
         return ceil(programs / places)

@@ -32,17 +32,22 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+Tiles = dict[str, list[Tile]]  # by precision
 # From large, which reads least, to small, of which there are most programs. Chosen by what sm_90 code they compile to
 # (compile_report) and by `d2r_fast.kernels.cost`, before any timing. float32's products on the CUDA
 # cores are bound by arithmetic, whatever is read.
-TILES = {
+TILES: Tiles = {
     "float32": [Tile(64, 64, 16, 8, 3)],
-    "tf32": [Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
-    "bf16": [Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3)],
+    "tf32": [Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
+    "bf16": [Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3)],
 }
 
+# Of layers forward and to their inputs, where rows of x begin at multiples of 16 bytes. Where each number is addressed
+# by itself, that takes the registers; and so does what the gradient of a weight is made of.
+WIDE_TILES: Tiles = TILES | {precision: [Tile(128, 256, 32, 8, 3), *TILES[precision]] for precision in ("tf32", "bf16")}
 
-def tile_of(precision: str, sizes: Sequence[tuple[int, int]], tiles: dict[str, list[Tile]] = TILES) -> Tile:
+
+def tile_of(precision: str, sizes: Sequence[tuple[int, int]], tiles: Tiles) -> Tile:
     """The largest tile that leaves enough programs of matrices of these sizes, or the smallest. ValueError: unknown
     precision."""
     check_precision(precision)
@@ -143,18 +148,20 @@ def ensemble_linear_gradient_kernel(
 
 
 def linear_launch(
-    kernel: str, precision: str, n_in: int, n_out: int, n_rows: int, n_nets: int, tiles: dict[str, list[Tile]] = TILES
+    kernel: str, precision: str, n_in: int, n_out: int, n_rows: int, n_nets: int, tiles: Tiles | None = None
 ) -> dict[str, Any]:
     """Constants and options of "fwd", "bwd" or "gradient", all but RELU and what says which networks share what.
 
-    n_nets: whose results are apart. tiles: to choose from, by precision. SPLIT_ROWS: about eight splits fill the device, and more would only add partial
-    sums.
+    n_nets: whose results are apart. tiles: to choose from; None: from all that suit. SPLIT_ROWS: about eight splits
+    fill the device, and more would only add partial sums.
     """
     sizes = {"fwd": ("ROWS", "OUT", n_in), "bwd": ("ROWS", "IN", n_out), "gradient": ("OUT", "IN", n_rows)}
     first, second, depth = sizes[kernel]
     widths = {"ROWS": n_rows, "IN": n_in, "OUT": n_out}
     split_rows = min(8192, max(256, triton.next_power_of_2(triton.cdiv(n_rows, 8))))
     n_splits = triton.cdiv(n_rows, split_rows) if kernel == "gradient" else 1
+    if tiles is None:
+        tiles = WIDE_TILES if kernel != "gradient" and n_in % 4 == 0 else TILES
     tile = tile_of(precision, [(widths[first], widths[second])] * (n_nets * n_splits), tiles)
     blocks = {
         f"BLOCK_{first}": _fitting(tile.first, widths[first]),

@@ -43,8 +43,8 @@ def split_base_kernel(
     N_IN: tl.constexpr, N_OUT: tl.constexpr, T: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(B, BLOCK_ROWS), cdiv(out, BLOCK_OUT), E); a program owns one tile of f, f g and ReLU(f) [E,B,out], each
-    written once. place and task_place [E,3]: of this layer, and of the task's."""
+    """Grid (cdiv(B, BLOCK_ROWS), cdiv(out, BLOCK_OUT), E); a program owns one tile of f, f g and ReLU(f) [E,B,out],
+    each written once. place and task_place [E,3]: of this layer, and of the task's."""
     net = tl.program_id(2).to(tl.int64)
     row, inside = block(tl.program_id(0), n_rows, BLOCK_ROWS)
     out, exists = block(tl.program_id(1), N_OUT, BLOCK_OUT)
@@ -77,8 +77,8 @@ def split_base_bwd_kernel(
     gradient = net * n_rows * N_OUT
     d_positive = tl.zeros((BLOCK_ROWS, BLOCK_IN), d_f_ptr.dtype.element_ty)
     d_positive = linear_tile_backward(
-        d_positive, d_y_ptr + gradient, y_ptr + gradient, row, inside, parameters_ptr + place_of(place_ptr, net, 0, N_IN),
-        feature, N_IN, N_OUT, True, PRECISION, BLOCK_DEPTH,
+        d_positive, d_y_ptr + gradient, y_ptr + gradient, row, inside,
+        parameters_ptr + place_of(place_ptr, net, 0, N_IN), feature, N_IN, N_OUT, True, PRECISION, BLOCK_DEPTH,
     )  # fmt: skip
     d_positive = by_rows(d_positive)
     g = _task_row_at(parameters_ptr, task_place_ptr, net, task_ptr, row, inside, feature, exists, N_IN, T)
@@ -106,7 +106,9 @@ def split_base(
     if f.numel() > 0:
         launch = base_launch("fwd", precision, x.shape[-1], width, n_rows, n_nets)
         grid = triton.cdiv(n_rows, launch["BLOCK_ROWS"]), triton.cdiv(width, launch["BLOCK_OUT"]), n_nets
-        split_base_kernel[grid](x, parameters, place, task_place, task, f, scaled, positive, n_rows, T=n_tasks, **launch)
+        split_base_kernel[grid](
+            x, parameters, place, task_place, task, f, scaled, positive, n_rows, T=n_tasks, **launch
+        )
 
 
 def split_base_backward(

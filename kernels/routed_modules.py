@@ -19,9 +19,11 @@ from d2r_fast.kernels.tiles import by_rows, mix_sources, place_of, product, sum_
 from d2r_fast.kernels.weight_gradient import weight_gradient
 from d2r_fast.ops.select_routes import Routes
 
-# Sorting rows by their active modules lets a tile skip more, starts tiles that skip least first, and costs a launch of
-# its own. Up to about two tiles of 16 a multiprocessor (132 on an H100 or H200) all run at once and the slowest decides.
+# Sorting rows by their active modules lets a tile skip more, starts tiles that skip least first, and costs a launch.
+# Up to about two tiles of 16 a multiprocessor (132 on an H100 or H200) all run at once, and the slowest decides.
 SORT_FROM_ROWS = 264 * 16
+MOST_TILES = 65535
+"""Programs along any but the first axis of a grid."""
 
 
 @triton.jit
@@ -61,21 +63,22 @@ def walk(
     return mix_sources(h_ptr, index_ptr, gate_ptr, slot + (N - 1) * K, row, inside, N, col, n_rows, D, K)
 
 
-@triton.jit(do_not_specialize=["n_nets", "n_rows"])
+@triton.jit(do_not_specialize=["n_rows"])
 def routed_modules_fwd_kernel(
     h0_ptr, weight_ptr, bias_ptr, place_ptr, index_ptr, gate_ptr, active_ptr, order_ptr, mixed_ptr, h_ptr, opened_ptr,
-    n_nets, n_rows,
+    n_rows,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(B, BLOCK_ROWS) E,), all networks' first tiles first; a program owns its rows of h, opened and mixed through all N modules.
+    """Grid `_grid`; a program owns its rows of h, opened and mixed through all N modules.
 
     Per active module and row: reads K sources of D twice (as the product's operand, and for the residual: to hold x
     next to the accumulator spills), writes D of h and D bytes of opened. Per module that a tile touches: D*D weights.
     place [E,3]: where each network's weights and biases begin; None: they stand one behind another.
     Invariant: an active module's sources are active, so no load that the masks let through meets unwritten memory.
     """
-    tile, net = tl.program_id(0) // n_nets, (tl.program_id(0) % n_nets).to(tl.int64)
+    net = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
     weight_ptr += net * (N - 1) * D * D if place_ptr is None else place_of(place_ptr, net, 0, D)
     bias_ptr += net * (N - 1) * D if place_ptr is None else place_of(place_ptr, net, 1, D)
     if order_ptr is not None:
@@ -187,21 +190,22 @@ def walk_back(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["n_nets", "n_rows"])
+@triton.jit(do_not_specialize=["n_rows"])
 def routed_modules_bwd_kernel(
     d_mixed_ptr, h_ptr, weight_ptr, place_ptr, opened_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr, order_ptr,
-    d_h0_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr, n_nets, n_rows,
+    d_h0_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr, n_rows,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(B, BLOCK_ROWS) E,), all networks' first tiles first; a program owns its rows of d_h0, d_gate and of both adjoints, so no atomics.
+    """Grid `_grid`; a program owns its rows of d_h0, d_gate and of both adjoints, so no atomics.
 
     Adjoints [E,N,B,D]: to_relu (A) reaches a module's ReLU layer, to_residual (S) its residual. Per active module and
     row: reads D of A, S and D bytes of opened, then for each of K sources D of h and both adjoints, which it writes
     back. A is left for the weight gradient (dz = A where opened). Skipped routes of d_gate are not written. place as in
     the forward kernel.
     """
-    tile, net = tl.program_id(0) // n_nets, (tl.program_id(0) % n_nets).to(tl.int64)
+    net = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
     if order_ptr is not None:
         order_ptr += net * n_rows
     row, inside, active = tile_rows(active_ptr + net * n_rows, order_ptr, n_rows, tile, BLOCK_ROWS)
@@ -224,6 +228,13 @@ def routed_modules_bwd_kernel(
     )  # fmt: skip
     to_relu = tl.load(to_relu_ptr + (row * D)[:, None] + col[None, :], mask=inside[:, None] & in_width, other=0.0)
     tl.store(d_h0_ptr + own_row, to_relu, mask=inside[:, None] & in_width)
+
+
+def _grid(n_rows: int, block_rows: int, n_nets: int) -> tuple[int, int, int]:
+    """(E, tiles of rows), so that all networks' first tiles start first; what the second axis has no room for goes
+    along the third."""
+    n_tiles = triton.cdiv(n_rows, block_rows)
+    return n_nets, min(n_tiles, MOST_TILES), triton.cdiv(n_tiles, MOST_TILES)
 
 
 def forward(
@@ -255,9 +266,9 @@ def forward(
     h = h0.new_empty(n_nets, n_modules, n_rows, width)
     opened = torch.empty_like(h, dtype=torch.bool) if keep else None
     if mixed.numel() > 0:
-        routed_modules_fwd_kernel[(triton.cdiv(n_rows, launch["BLOCK_ROWS"]) * n_nets,)](
+        routed_modules_fwd_kernel[_grid(n_rows, launch["BLOCK_ROWS"], n_nets)](
             packed(h0), packed(weight), packed(bias), place, packed(routes.index), packed(routes.gate),
-            packed(routes.active), order_if_many(routes.active) if order is None else order, mixed, h, opened, n_nets, n_rows,
+            packed(routes.active), order_if_many(routes.active) if order is None else order, mixed, h, opened, n_rows,
             RESIDUAL=residual, **launch,
         )  # fmt: skip
     if opened is None:
@@ -315,9 +326,9 @@ def backward_at(
     to_relu = h.new_empty(n_nets, n_modules, n_rows, width)
     to_residual = torch.empty_like(to_relu) if residual else h.new_empty(0)
     if d_h0.numel() > 0:
-        routed_modules_bwd_kernel[(triton.cdiv(n_rows, launch["BLOCK_ROWS"]) * n_nets,)](
+        routed_modules_bwd_kernel[_grid(n_rows, launch["BLOCK_ROWS"], n_nets)](
             d_mixed, h, weight, place, opened, *routes, order_if_many(routes.active) if order is None else order,
-            d_h0, d_gate, to_relu, to_residual, n_nets, n_rows,
+            d_h0, d_gate, to_relu, to_residual, n_rows,
             RESIDUAL=residual, **launch,
         )  # fmt: skip
     return to_relu

@@ -13,9 +13,10 @@ LAUNCH = {"BLOCK_ROWS": 32, "BLOCK_OTHERS": 256, "num_warps": 4} | FUSED
 @triton.jit
 def row_order_kernel(active_ptr, order_ptr, N_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OTHERS: tl.constexpr):
     """Grid (cdiv(B, BLOCK_ROWS), E). A row's place is the number of its network's rows that come before it: with a
-    higher module among those that only one of them runs, or with the same modules and earlier. Rows of few modules then
-    come last, so that the tiles which take longest start first and short ones fill in behind them. B^2 comparisons a network, of numbers in L2: at B=1280 less work than a launch.
+    higher module among those that only one of them runs, or with the same modules and earlier. Rows of few modules come
+    last, so that the tiles which take longest start first and short ones fill in behind them.
 
+    B^2 comparisons a network, of numbers in L2: at B=1280 less work than a launch.
     N_ROWS is a constant, for Triton 3.6's interpreter takes no tensor as the bound of a loop; a run has one.
     """
     net = tl.program_id(1).to(tl.int64)

@@ -73,9 +73,10 @@ def gradient_launch(
     """Constants and options of the weight-gradient kernel.
 
     A tile is a whole matrix where that is up to 128 x 128, so that what makes its operands is read once; by 16 warps,
-    for two programs of 8 hold no more of it. 32 rows a step halve the chain of dependent loads, where they hardly spill. SPLIT_ROWS, the rows of one program: as many splits as make one round of
-    all programs, for more would only add rounds, and partial sums of E*(N-1)*D*D each. At most 8,192, which is what a
-    program lists at once; at least 128.
+    for two programs of 8 hold no more of it. 32 rows a step halve the chain of loads, where they hardly spill.
+
+    SPLIT_ROWS, the rows of one program: as many splits as make one round of all programs, for more would only add
+    rounds, and partial sums of E*(N-1)*D*D each. At most 8,192, which is what a program lists at once; at least 128.
     """
     _check(precision, width)
     settings = Settings(16, 64, 8, 1)
@@ -83,8 +84,9 @@ def gradient_launch(
         settings = Settings(32 if width <= 128 else 16, 128, 16, 1)
     block = _block_width(width)
     blocks = {"BLOCK_OUT": min(128, block), "BLOCK_IN": min(settings.block_k, block), "BLOCK_ROWS": settings.block_rows}
-    n_tiles = n_nets * (n_modules - 1) * triton.cdiv(width, blocks["BLOCK_OUT"]) * triton.cdiv(width, blocks["BLOCK_IN"])
-    n_splits = max(1, MULTIPROCESSORS * (16 // settings.num_warps) // max(1, n_tiles))
+    n_tiles = triton.cdiv(width, blocks["BLOCK_OUT"]) * triton.cdiv(width, blocks["BLOCK_IN"])
+    at_once, in_a_split = MULTIPROCESSORS * (16 // settings.num_warps), n_nets * (n_modules - 1) * n_tiles
+    n_splits = max(1, at_once // max(1, in_a_split))
     split_rows = min(8192, max(128, triton.cdiv(triton.cdiv(n_rows, n_splits), 16) * 16))
     blocks |= {"SPLIT_ROWS": split_rows, "BLOCK_LIST": triton.next_power_of_2(split_rows)}
     return {"N": n_modules, "K": n_kept, "D": width, "PRECISION": precision} | blocks | _options(settings)

@@ -133,19 +133,21 @@ def _linear_bwd(call: Call) -> Work:
 def _split_base(call: Call) -> Work:
     """A linear layer that also writes its product with g and its ReLU; g's own weights are few."""
     a = call.arguments
-    product = _linear_fwd(call._replace(arguments=a | {"SHARED": False, "weight_ptr": a["parameters_ptr"], "y_ptr": a["f_ptr"]}))
-    others = [Access(a[name], a[name].n_bytes, a[name].n_bytes, True) for name in ("scaled_ptr", "positive_ptr")]
-    return product._replace(accesses=product.accesses + others, loads=product.loads + 2)
+    linear = a | {"SHARED": False, "weight_ptr": a["parameters_ptr"], "y_ptr": a["f_ptr"]}
+    work = _linear_fwd(call._replace(arguments=linear))
+    others = [
+        access for name in ("scaled_ptr", "positive_ptr") for access in _part(a[name], a[name].n_bytes, written=True)
+    ]
+    return work._replace(accesses=work.accesses + others, loads=work.loads + 2)
 
 
 def _split_base_bwd(call: Call) -> Work:
     """The gradient through a linear layer, which stays in registers, and what it meets."""
     a = call.arguments
-    product = _linear_bwd(call._replace(arguments=a | {"SHARED": False, "RELU": True, "weight_ptr": a["parameters_ptr"], "d_x_ptr": a["d_f_ptr"]}))
-    n_bytes = a["d_g_ptr"].n_bytes
-    others = [Access(a["d_scaled_ptr"], n_bytes, n_bytes, False), Access(a["f_ptr"], n_bytes, n_bytes, False)]
-    others.append(Access(a["d_g_ptr"], n_bytes, n_bytes, True))
-    return product._replace(accesses=product.accesses + others, loads=product.loads + 2)
+    linear = a | {"SHARED": False, "RELU": True, "weight_ptr": a["parameters_ptr"], "d_x_ptr": a["d_f_ptr"]}
+    work, n_bytes = _linear_bwd(call._replace(arguments=linear)), a["d_g_ptr"].n_bytes
+    others = _part(a["d_scaled_ptr"], n_bytes) + _part(a["f_ptr"], n_bytes) + _part(a["d_g_ptr"], n_bytes, written=True)
+    return work._replace(accesses=work.accesses + others, loads=work.loads + 2)
 
 
 def _network_gradient(call: Call) -> Work:
@@ -212,9 +214,8 @@ def route_shares(n_modules: int, n_kept: int, n_rows: int, block_rows: int, in_o
 
 
 def _routed_fwd(call: Call) -> Work:
-    a = call.arguments
-    n_nets, n_rows, n, k, d = a["n_nets"], a["n_rows"], a["N"], a["K"], a["D"]
-    n_tiles = call.grid[0] // n_nets
+    a, (n_nets, n_tiles, _) = call.arguments, call.grid
+    n_rows, n, k, d = a["n_rows"], a["N"], a["K"], a["D"]
     shares = route_shares(n, k, n_rows, a["BLOCK_ROWS"], a["order_ptr"] is not None)
     row = n_nets * n_rows * d * FLOAT
     runs = shares.active * row
@@ -233,9 +234,8 @@ def _routed_fwd(call: Call) -> Work:
 
 
 def _routed_bwd(call: Call) -> Work:
-    a = call.arguments
-    n_nets, n_rows, n, k, d = a["n_nets"], a["n_rows"], a["N"], a["K"], a["D"]
-    n_tiles = call.grid[0] // n_nets
+    a, (n_nets, n_tiles, _) = call.arguments, call.grid
+    n_rows, n, k, d = a["n_rows"], a["N"], a["K"], a["D"]
     shares = route_shares(n, k, n_rows, a["BLOCK_ROWS"], a["order_ptr"] is not None)
     row = n_nets * n_rows * d * FLOAT
     runs = shares.active * row

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -384,6 +385,16 @@ def test_the_network_needs_no_training_extra():
         "net(torch.randn(4, 39), torch.arange(4) % 2)[0].sum().backward()"
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_who_stops_reading_is_not_an_error():
+    """As `d2r presets | head -1`, whose reader may leave before anything is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "d2r_fast", "presets"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help():

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
-from d2r_fast.kernels.cost import CARDS, Cache, Resources, predict
+from d2r_fast.kernels.cost import CARDS, Cache, Resources, predict, waves_of
 from d2r_fast.kernels.launches import SUITES, Call, Memory
-from d2r_fast.kernels.work import route_shares, work_of
+from d2r_fast.kernels.work import Work, route_shares, work_of
 from d2r_fast.learning.whole import BACK
 from d2r_fast.ops.layer_gradients import Product, Rows, Sum
 
@@ -164,6 +164,24 @@ def test_what_was_given_back_is_not_written_to_memory():
     cache.touch(memory(page // 2, storage=0), 2 * page, True)
     cache.free([0])
     assert cache.touch(memory(page // 2, storage=1), 2 * page, False) == 2 * page
+
+
+def test_a_program_starts_where_one_before_it_has_ended():
+    alike, unlike = Work([]), Work([], programs=(1.0, 0.5, 0.5, 1.0))
+    assert waves_of(alike, 4, 2) == waves_of(alike, 3, 2) == 2
+    assert waves_of(unlike, 4, 2) == 2  # the last one begins when three have ended, at 1.0
+    assert waves_of(unlike._replace(programs=(1.0, 1.0, 0.5, 0.5)), 4, 2) == 1.5
+    assert waves_of(unlike, 4, 4) == 1
+
+
+def test_sorted_tiles_that_skip_least_start_first():
+    shares = route_shares(16, 2, 1280, 32, True)
+    programs = shares.of_programs(40, 4)
+    assert len(programs) == 160 and max(programs) == 1.0
+    first, last = programs[:40], programs[-40:]
+    assert sum(first) > sum(last)
+    # Of 132 at once; all at once would be 1, and as they come every tile takes as long as the longest: 2.
+    assert waves_of(Work([], programs=programs), 160, 132) < 1.1
 
 
 def test_random_routes_touch_nearly_every_module():

@@ -297,10 +297,15 @@ def test_the_base_goes_on_by_its_tasks_row_and_back(precision):
 
 def test_the_largest_tile_that_leaves_enough_programs():
     """Of the layers of MT10: 1,280 rows, of all critics or of two."""
-    tile = {n: linear.tile_of("tf32", [(1280, 400)] * n) for n in (1, 2, 6)}
-    assert [(t.first, t.second) for t in tile.values()] == [(64, 128), (128, 128), (128, 256)]
-    assert linear.tile_of("tf32", [(1280, 136)])[:2] == (64, 64)
-    assert linear.tile_of("float32", [(1280, 400)] * 6)[:2] == (64, 64)
+
+    def tile(kernel, precision, n_in, n_out, n_nets):
+        launch = linear.linear_launch(kernel, precision, n_in, n_out, 1280, n_nets)
+        return tuple(value for name, value in launch.items() if name in ("BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN"))
+
+    assert [tile("fwd", "tf32", 400, 400, n) for n in (1, 2, 6)] == [(64, 128), (128, 128), (128, 256)]
+    assert tile("fwd", "tf32", 43, 400, 6) == (128, 128)  # whose rows do not begin at multiples of 16 bytes
+    assert tile("gradient", "tf32", 400, 400, 6) == (128, 128)
+    assert tile("fwd", "tf32", 400, 136, 1) == tile("fwd", "float32", 400, 400, 6) == (64, 64)
 
 
 def test_value_errors():

@@ -158,6 +158,14 @@ def test_no_row_depends_on_another_nor_on_the_grouping(sort_rows):
         assert not torch.equal(before[name][:, 17], after[name][:, 17]), name
 
 
+def test_more_tiles_than_one_axis_of_a_grid_has_room_for(monkeypatch):
+    case, cotangent = make_modules(2, 70, 8, 2, 16), torch.randn(2, 70, 16, device=DEVICE, dtype=DTYPE)
+    before = run_triton(case, cotangent)
+    monkeypatch.setattr(triton_modules, "MOST_TILES", 2)
+    assert triton_modules._grid(70, 16, 2) == (2, 2, 3)
+    assert_same(run_triton(case, cotangent), before)
+
+
 def test_what_is_not_active_is_not_written():
     h0, weight, bias, routes = make_modules(2, 20, 8, 2, 16)
     _, h, opened = triton_modules.forward(h0, weight, bias, routes, True, "float32", True)
