@@ -40,6 +40,12 @@ LAYERS = ((N_OBS + N_ACTIONS, 400), (400, 400), (256, 136), (128, 1))
 
 _WALKS = {"routed_modules_fwd": routed_modules_fwd_kernel, "routed_modules_bwd": routed_modules_bwd_kernel}
 _WALK_FLAGS = {"RESIDUAL": True, "order_ptr": None}
+_BACK_FLAGS = _WALK_FLAGS | {"FIRST_RELU": True}
+
+
+def kept_in(precision: str, *names: str) -> dict[str, dict[str, str]]:
+    """These pointers as an update has them: what products in bf16 read lies in memory as that."""
+    return {"types": dict.fromkeys(names, "*bf16") if precision == "bf16" else {}}
 
 
 def _of_networks(launch_of: Callable[[int], dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -59,10 +65,12 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         for precision in PRECISIONS:
             for name, kernel in _WALKS.items():
                 for which, launch in _of_networks(partial(walk_launch, name, precision, n, k, d, ROWS)):
-                    yield name, size + which, precision, kernel, launch | _WALK_FLAGS
+                    in_bf16 = kept_in(precision, "weight_ptr", "mixed_ptr")
+                    flags = _BACK_FLAGS if name == "routed_modules_bwd" else _WALK_FLAGS
+                    yield name, size + which, precision, kernel, launch | flags | in_bf16
             for which, launch in _of_networks(partial(gradient_launch, precision, n, k, d, ROWS)):
-                flags = {"STEP": 2, "member_ptr": None}
-                yield "weight_gradient", size + which, precision, weight_gradient_kernel, launch | flags
+                of_update = {"STEP": 2, "member_ptr": None}
+                yield "weight_gradient", size + which, precision, weight_gradient_kernel, launch | of_update
         shared = route_launch(n, k)
         unused: dict[str, dict[str, Any]] = {
             "greedy": {"temperature_ptr": None, "noise_ptr": None, "given_ptr": None},
@@ -75,7 +83,7 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         yield "select_routes_bwd", size, "float32", select_routes_bwd_kernel, shared
     for n, k, d in NARROW:
         for precision in PRECISIONS:
-            backward = walk_launch("routed_modules_bwd", precision, n, k, d, ROWS, 1) | _WALK_FLAGS
+            backward = walk_launch("routed_modules_bwd", precision, n, k, d, ROWS, 1) | _BACK_FLAGS
             yield "routed_modules_bwd", f"N{n}-K{k}-D{d}", precision, routed_modules_bwd_kernel, backward
     n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS, 2)["SPLIT_ROWS"])
     reduce = {"N_SPLITS": n_splits, "member_ptr": None} | REDUCE_LAUNCH
@@ -126,6 +134,8 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
                 flags: dict[str, Any] = {"SHARED": shared, "RELU": n_out > 1}
                 flags |= {"place_ptr": None} if shared and name != "gradient" else {}
                 flags |= {"bwd": {"E": 2, "FIRST": 0, "STEP": 1}, "fwd": {"X_STRIDE": n_in}}.get(name, {})
+                if name != "gradient" and not shared:
+                    flags |= kept_in(precision, "x_ptr", "weight_ptr", "y_ptr")
                 launch_of = partial(ensemble_linear.linear_launch, name, precision, n_in, n_out, ROWS)
                 for which, launch in _of_networks(launch_of):
                     yield f"ensemble_linear_{name}", f"{n_in}to{n_out}{which}", precision, kernel, launch | flags
@@ -135,15 +145,24 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
             ("split_base_bwd", split_base_bwd_kernel, "bwd", 128),
         ):
             for which, launch in _of_networks(partial(base_launch, way, precision, 400, n_out, ROWS)):
-                yield name, f"H400{which}", precision, kernel, launch | {"T": 10}
-    rows = Rows(False, 0, 400, 0)
+                in_bf16 = kept_in(precision, "x_ptr", "weights_ptr", "scaled_ptr", "positive_ptr")
+                yield name, f"H400{which}", precision, kernel, launch | {"T": 10} | in_bf16
     for precision in PRECISIONS:
-        for which, launch in _of_networks(
-            lambda n, precision=precision: network_gradient.gradient_launch(
-                [Product(rows, False, 0, 400, 400, 0)] * 2 * n, precision, ROWS
+        for which, launch in _of_networks(partial(_largest_gradients, precision)):
+            in_bf16 = kept_in(precision, "act_ptr")
+            yield (
+                "network_gradient",
+                f"any{which}",
+                precision,
+                network_gradient.network_gradient_kernel,
+                launch | in_bf16,
             )
-        ):
-            yield "network_gradient", f"any{which}", precision, network_gradient.network_gradient_kernel, launch
+
+
+def _largest_gradients(precision: str, n_nets: int) -> dict[str, Any]:
+    """The launch of two layers' gradients a network."""
+    of_layer = Product(Rows(False, 0, 400, 0), False, 0, 400, 400, 0)
+    return network_gradient.gradient_launch([of_layer] * 2 * n_nets, precision, ROWS)
 
 
 def cases_of_the_update() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:

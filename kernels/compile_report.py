@@ -91,9 +91,10 @@ class Row(NamedTuple):
 
 
 def compile_kernel(label: str, size: str, precision: str, kernel: Any, launch: dict[str, Any]) -> Row:
-    """Compile for sm_90 and read the machine code."""
-    constants = {name: value for name, value in launch.items() if name not in OPTIONS}
-    signature = {name: "constexpr" if name in constants else _type_of(name) for name in kernel.arg_names}
+    """Compile for sm_90 and read the machine code. `types` within launch: of pointers that are not of their name's."""
+    constants = {name: value for name, value in launch.items() if name not in OPTIONS and name != "types"}
+    types = {name: _type_of(name) for name in kernel.arg_names} | launch.get("types", {})
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())

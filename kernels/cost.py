@@ -23,6 +23,7 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from d2r_fast.kernels.compile_report import OPTIONS, compile_kernel
@@ -148,8 +149,8 @@ class Cache:
 
 
 @cache
-def _compiled(kernel: Any, launch: tuple[tuple[str, Any], ...]) -> Resources:
-    row = compile_kernel("", "", "", kernel, dict(launch))
+def _compiled(kernel: Any, launch: tuple[tuple[str, Any], ...], in_bf16: tuple[str, ...]) -> Resources:
+    row = compile_kernel("", "", "", kernel, dict(launch) | {"types": dict.fromkeys(in_bf16, "*bf16")})
     return Resources(*(getattr(row, name) for name in Resources._fields))
 
 
@@ -160,7 +161,9 @@ def resources_of(call: Call) -> Resources:
         for name, value in call.arguments.items()
         if name[0].isupper() or name in OPTIONS or (value is None and name.endswith("_ptr"))
     }
-    return _compiled(call.kernel, tuple(launch.items()))
+    memories = {name: value for name, value in call.arguments.items() if isinstance(value, Memory)}
+    in_bf16 = tuple(name for name, memory in memories.items() if memory.dtype == torch.bfloat16)
+    return _compiled(call.kernel, tuple(launch.items()), in_bf16)
 
 
 def predict(call: Call, card: Card, cached: Cache, resources: Resources | None) -> Line:
@@ -171,7 +174,7 @@ def predict(call: Call, card: Card, cached: Cache, resources: Resources | None) 
     traffic = sum(access.traffic for access in work.accesses)
     n_kernels = TORCH_KERNELS.get(call.name, 1)
     programs = prod(call.grid) if resources is not None else torch_programs(call)
-    resident, waves, steps, chain = 1, 1, 0, card.l2_latency
+    resident, waves, steps, chain = 1, 1.0, 0, card.l2_latency
     if resources is not None:
         resident = resources.resident(call.arguments["num_warps"])
         waves = waves_of(work, programs, resident * card.multiprocessors)

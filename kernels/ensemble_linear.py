@@ -10,12 +10,12 @@ from torch import Tensor
 
 from d2r_fast.kernels.settings import FUSED, check_dtype, enough, packed
 from d2r_fast.kernels.tiles import (
+    at_place,
     block,
     linear_tile,
     linear_tile_backward,
     load_d_z,
     load_tile,
-    place_of,
     rounded_product,
 )
 from d2r_fast.kernels.weight_gradient import sum_parts
@@ -67,7 +67,7 @@ def ensemble_linear_fwd_kernel(
     """Grid (cdiv(B, BLOCK_ROWS), cdiv(out, BLOCK_OUT), E); a program owns one tile of y [E,B,out], written once.
 
     Rows of x lie X_STRIDE numbers apart. place [E,3]: where each network's weight, bias and x begin; None: they stand
-    one behind another.
+    one behind another. x, weight and y may be bfloat16, which is what a product in bf16 takes of them.
     """
     net = tl.program_id(2).to(tl.int64)
     row, inside = block(tl.program_id(0), n_rows, BLOCK_ROWS)
@@ -77,10 +77,10 @@ def ensemble_linear_fwd_kernel(
         weight_ptr += net * N_OUT * N_IN
         bias_ptr += net * N_OUT
     else:
-        x_ptr += place_of(place_ptr, net, 2, X_STRIDE)
-        weight_ptr += place_of(place_ptr, net, 0, N_IN)
-        bias_ptr += place_of(place_ptr, net, 1, N_OUT)
-    z = tl.zeros((BLOCK_ROWS, BLOCK_OUT), y_ptr.dtype.element_ty)
+        x_ptr = at_place(x_ptr, place_ptr, net, 2, X_STRIDE)
+        weight_ptr = at_place(weight_ptr, place_ptr, net, 0, N_IN)
+        bias_ptr = at_place(bias_ptr, place_ptr, net, 1, N_OUT)
+    z = tl.zeros((BLOCK_ROWS, BLOCK_OUT), bias_ptr.dtype.element_ty)
     z = linear_tile(z, x_ptr, row, inside, weight_ptr, out, exists, N_IN, X_STRIDE, N_IN, PRECISION, BLOCK_DEPTH)
     z += tl.load(bias_ptr + out, mask=exists, other=0.0)[None, :]
     if RELU:
@@ -105,10 +105,12 @@ def ensemble_linear_bwd_kernel(
     own = tl.program_id(2).to(tl.int64)
     for other in range(E if SHARED else 1):
         net = own + FIRST + other * STEP
-        weight_at = net * N_OUT * N_IN if place_ptr is None else place_of(place_ptr, net, 0, N_IN)
+        own_ptr = weight_ptr + net * N_OUT * N_IN
+        if place_ptr is not None:
+            own_ptr = at_place(weight_ptr, place_ptr, net, 0, N_IN)
         gradient = net * n_rows * N_OUT
         d_x = linear_tile_backward(
-            d_x, d_y_ptr + gradient, y_ptr + gradient if RELU else None, row, inside, weight_ptr + weight_at, feature,
+            d_x, d_y_ptr + gradient, y_ptr + gradient if RELU else None, row, inside, own_ptr, feature,
             N_IN, N_OUT, RELU, PRECISION, BLOCK_DEPTH,
         )  # fmt: skip
     at = ((own * n_rows + row) * N_IN)[:, None] + feature[None, :]
@@ -221,26 +223,27 @@ def backward(
 
 
 def forward_at(
-    x: Tensor, parameters: Tensor, place: Tensor, y: Tensor, n_in: int, x_stride: int, relu: bool, precision: str
-) -> None:
-    """Writes y [M,B,out] of M networks, whose weights, biases and x lie within `parameters` and x where place [M,3]
-    int64 says, in numbers; rows of x [B,n_in] lie `x_stride` apart."""
+    x: Tensor, weights: Tensor, biases: Tensor, place: Tensor, y: Tensor, n_in: int, x_stride: int, relu: bool,
+    precision: str,
+) -> None:  # fmt: skip
+    """Writes y [M,B,out] of M networks, whose weights, biases and x lie within these buffers where place [M,3] int64
+    says, in numbers; rows of x [B,n_in] lie `x_stride` apart. x, weights and y may be bfloat16 where products are."""
     n_nets, n_rows, n_out = y.shape
     if y.numel() > 0:
         launch = linear_launch("fwd", precision, n_in, n_out, n_rows, n_nets)
         grid = triton.cdiv(n_rows, launch["BLOCK_ROWS"]), triton.cdiv(n_out, launch["BLOCK_OUT"]), n_nets
         ensemble_linear_fwd_kernel[grid](
-            x, parameters, parameters, y, place, n_rows, X_STRIDE=x_stride, SHARED=False, RELU=relu, **launch
+            x, weights, biases, y, place, n_rows, X_STRIDE=x_stride, SHARED=False, RELU=relu, **launch
         )
 
 
 def backward_at(
-    d_y: Tensor, parameters: Tensor, place: Tensor, y: Tensor | None, d_x: Tensor, precision: str,
+    d_y: Tensor, weights: Tensor, place: Tensor, y: Tensor | None, d_x: Tensor, precision: str,
     shared: range | None = None,
 ) -> None:  # fmt: skip
     """Writes d_x [M,B,in] from d_y [M,B,out]; with `shared`, d_x [B,in], a sum over these of the M networks.
 
-    place as in `forward_at`. y [M or more,B,out] has a ReLU behind it; None: there is none.
+    weights and place as in `forward_at`. y [M or more,B,out] has a ReLU behind it; None: there is none.
     """
     n_rows, n_out = d_y.shape[1:]
     n_in = d_x.shape[-1]
@@ -250,7 +253,7 @@ def backward_at(
         grid = triton.cdiv(n_rows, launch["BLOCK_ROWS"]), triton.cdiv(n_in, launch["BLOCK_IN"]), n_own
         of = range(1) if shared is None else shared
         ensemble_linear_bwd_kernel[grid](
-            d_y, parameters, y, d_x, place, n_rows,
+            d_y, weights, y, d_x, place, n_rows,
             E=len(of), FIRST=of.start, STEP=of.step, SHARED=shared is not None, RELU=y is not None, **launch,
         )  # fmt: skip
 

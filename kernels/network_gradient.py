@@ -45,8 +45,6 @@ def network_gradient_kernel(
     y_at = tl.where(y_at >= 0, y_at, 0)
     out = tl.load(table_ptr + 5) // BLOCK_OUT * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     to, to_stride = tl.load(table_ptr + 6), tl.load(table_ptr + 7)
-    if tl.load(table_ptr + 8) == 0:
-        x_ptr = act_ptr
     x_at, x_stride = tl.load(table_ptr + 9), tl.load(table_ptr + 10)
     first, n_summed = tl.load(table_ptr + 11), tl.load(table_ptr + 12)
     if is_sum:
@@ -58,18 +56,48 @@ def network_gradient_kernel(
         tl.store(gradient_ptr + to + out * to_stride, tl.sum(total, 0), mask=out < n_out)
     else:
         feature = first // BLOCK_IN * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        # Accesses are wide where rows begin at multiples of 16 bytes, and the compiler knows it.
-        if (n_out % 4 == 0) & (to_stride % 4 == 0) & (x_stride % 4 == 0):
-            _weight_tile(
-                x_ptr + x_at // 4 * 4, d_z_ptr + d_z_at // 4 * 4, act_ptr + y_at // 4 * 4, gradient_ptr + to // 4 * 4,
-                out, feature, n_out // 4 * 4, n_y // 4 * 4, to_stride // 4 * 4, x_stride // 4 * 4,
-                N_ROWS, PRECISION, BLOCK_DEPTH,
-            )  # fmt: skip
-        else:
-            _weight_tile(
-                x_ptr + x_at, d_z_ptr + d_z_at, act_ptr + y_at, gradient_ptr + to,
+        outside = tl.load(table_ptr + 8) != 0
+        # One place in the code for both where they are of one type: each takes shared memory of its own.
+        if x_ptr.dtype == act_ptr.dtype:
+            if not outside:
+                x_ptr = act_ptr
+            _layer_tile(
+                x_ptr, x_at, d_z_ptr, d_z_at, act_ptr, y_at, gradient_ptr, to,
                 out, feature, n_out, n_y, to_stride, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
             )  # fmt: skip
+        else:
+            if outside:
+                _layer_tile(
+                    x_ptr, x_at, d_z_ptr, d_z_at, act_ptr, y_at, gradient_ptr, to,
+                    out, feature, n_out, n_y, to_stride, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
+                )  # fmt: skip
+            else:
+                _layer_tile(
+                    act_ptr, x_at, d_z_ptr, d_z_at, act_ptr, y_at, gradient_ptr, to,
+                    out, feature, n_out, n_y, to_stride, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
+                )  # fmt: skip
+
+
+@triton.jit
+def _layer_tile(
+    x_ptr, x_at, d_z_ptr, d_z_at, y_ptr, y_at, to_ptr, to, out, feature, n_out, n_y, n_in, x_stride,
+    N_ROWS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Accesses are wide where rows begin at multiples of 16 bytes, and the compiler knows it."""
+    WIDE: tl.constexpr = 128 // min(
+        x_ptr.dtype.element_ty.primitive_bitwidth, y_ptr.dtype.element_ty.primitive_bitwidth
+    )
+    if (n_out % WIDE == 0) & (n_in % WIDE == 0) & (x_stride % WIDE == 0):
+        _weight_tile(
+            x_ptr + x_at // WIDE * WIDE, d_z_ptr + d_z_at // WIDE * WIDE, y_ptr + y_at // WIDE * WIDE,
+            to_ptr + to // WIDE * WIDE, out, feature, n_out // WIDE * WIDE, n_y // WIDE * WIDE, n_in // WIDE * WIDE,
+            x_stride // WIDE * WIDE, N_ROWS, PRECISION, BLOCK_DEPTH,
+        )  # fmt: skip
+    else:
+        _weight_tile(
+            x_ptr + x_at, d_z_ptr + d_z_at, y_ptr + y_at, to_ptr + to,
+            out, feature, n_out, n_y, n_in, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -94,6 +122,7 @@ def _load_d_z(d_z_ptr, y_ptr, row, inside, out, n_out, n_y):
     at = (row * n_out)[:, None] + out[None, :]
     d_z = tl.load(d_z_ptr + at, mask=inside[:, None] & (out < n_out)[None, :], other=0.0)
     y = tl.load(y_ptr + at, mask=inside[:, None] & (out < n_y)[None, :], other=0.0)
+    y = y.to(d_z.dtype)  # the interpreter compares a bfloat16's bits
     return tl.where((y > 0) | (n_y == 0), d_z, 0.0)
 
 
@@ -138,7 +167,8 @@ def _lines(g: Product | Sum, launch: dict[str, Any], n_rows: int) -> list[tuple[
 def network_gradient(act: Tensor, x: Tensor, d_z: Tensor, d_out: Tensor, gradient: Tensor, table: Table) -> None:
     """Writes to the flat gradient what `table` says.
 
-    act, d_z  buffers of what layers read and gave, and of gradients in front of layers
+    act, d_z  buffers of what layers read and gave, which may be bfloat16 where products are, and of gradients in front
+              of layers
     x, d_out  what the first layer reads, and the gradient of what the last gives
     """
     check_dtype("d_out", d_out)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2r_fast.kernels.row_order import row_order
 from d2r_fast.kernels.settings import check_dtype, packed, walk_launch
-from d2r_fast.kernels.tiles import by_rows, mix_sources, place_of, product, sum_products, tile_rows
+from d2r_fast.kernels.tiles import at_place, by_rows, mix_sources, product, sum_products, tile_rows
 from d2r_fast.kernels.weight_gradient import weight_gradient
 from d2r_fast.ops.select_routes import Routes
 
@@ -79,8 +79,12 @@ def routed_modules_fwd_kernel(
     """
     net = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
-    weight_ptr += net * (N - 1) * D * D if place_ptr is None else place_of(place_ptr, net, 0, D)
-    bias_ptr += net * (N - 1) * D if place_ptr is None else place_of(place_ptr, net, 1, D)
+    if place_ptr is None:
+        weight_ptr += net * (N - 1) * D * D
+        bias_ptr += net * (N - 1) * D
+    else:
+        weight_ptr = at_place(weight_ptr, place_ptr, net, 0, D)
+        bias_ptr = at_place(bias_ptr, place_ptr, net, 1, D)
     if order_ptr is not None:
         order_ptr += net * n_rows
     row, inside, active = tile_rows(active_ptr + net * n_rows, order_ptr, n_rows, tile, BLOCK_ROWS)
@@ -194,15 +198,15 @@ def walk_back(
 def routed_modules_bwd_kernel(
     d_mixed_ptr, h_ptr, weight_ptr, place_ptr, opened_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr, order_ptr,
     d_h0_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr, n_rows,
-    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, FIRST_RELU: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid `_grid`; a program owns its rows of d_h0, d_gate and of both adjoints, so no atomics.
 
     Adjoints [E,N,B,D]: to_relu (A) reaches a module's ReLU layer, to_residual (S) its residual. Per active module and
     row: reads D of A, S and D bytes of opened, then for each of K sources D of h and both adjoints, which it writes
-    back. A is left for the weight gradient (dz = A where opened). Skipped routes of d_gate are not written. place as in
-    the forward kernel.
+    back. A is left for the weight gradient (dz = A where opened). Skipped routes of d_gate are not written. FIRST_RELU:
+    there is a ReLU in front of module 0, which d_h0 is to be in front of too. place as in the forward kernel.
     """
     net = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
@@ -212,7 +216,10 @@ def routed_modules_bwd_kernel(
     col = tl.arange(0, BLOCK_D)
     in_width = (col < D)[None, :]
     buffer = net * N * n_rows * D
-    weight_ptr += net * (N - 1) * D * D if place_ptr is None else place_of(place_ptr, net, 0, D)
+    if place_ptr is None:
+        weight_ptr += net * (N - 1) * D * D
+    else:
+        weight_ptr = at_place(weight_ptr, place_ptr, net, 0, D)
     h_ptr += buffer
     opened_ptr += buffer
     slot = (net * n_rows + row) * (N * K)  # of route 1
@@ -226,7 +233,10 @@ def routed_modules_bwd_kernel(
         d_x, h_ptr, weight_ptr, opened_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr,
         slot, row, inside, active, n_rows, N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_ROWS, BLOCK_K,
     )  # fmt: skip
-    to_relu = tl.load(to_relu_ptr + (row * D)[:, None] + col[None, :], mask=inside[:, None] & in_width, other=0.0)
+    first = (row * D)[:, None] + col[None, :]
+    to_relu = tl.load(to_relu_ptr + first, mask=inside[:, None] & in_width, other=0.0)
+    if FIRST_RELU:
+        to_relu = tl.where(tl.load(h_ptr + first, mask=inside[:, None] & in_width, other=0.0) > 0, to_relu, 0.0)
     tl.store(d_h0_ptr + own_row, to_relu, mask=inside[:, None] & in_width)
 
 
@@ -254,7 +264,8 @@ def forward(
     Arguments as `d2r_fast.ops.routed_modules`. Rows of modules that are not active are left as allocated in h and
     opened, and module 0's opened too. keep=False: both come empty.
     order: as `order_if_many` gives it; None: asked of it. It never changes a result.
-    place: [E,3] int64, where each network's weights and biases begin within `weight` and `bias`. mixed: where it goes.
+    place: [E,3] int64, where each network's weights and biases begin within `weight` and `bias`; weights may then be
+    bfloat16 where products are. mixed: where it goes, which may be bfloat16.
     ValueError: a dtype other than float32, or an unknown precision.
     """
     check_dtype("h0", h0)
@@ -297,7 +308,7 @@ def backward(
     d_h0 = torch.empty_like(d_mixed, memory_format=torch.contiguous_format)
     d_gate = torch.zeros_like(routes.gate)
     to_relu = backward_at(packed(d_mixed), packed(weight), None, h, opened, routes, residual, precision, order,
-                          d_h0, d_gate)  # fmt: skip
+                          d_h0, d_gate, first_relu=False)  # fmt: skip
     if not to_weight:
         return d_h0, h.new_empty(0), h.new_empty(0), d_gate
     d_weight, d_bias = (h.new_empty(weight.shape[:n]) for n in (4, 3))
@@ -317,9 +328,11 @@ def backward_at(
     order: Tensor | None,
     d_h0: Tensor,
     d_gate: Tensor,
+    first_relu: bool,
 ) -> Tensor:
     """Writes d_h0 [E,B,D] and d_gate [E,B,N,K], but no gates of modules that are not active; returns the adjoint that
-    `weight_gradient` takes. d_mixed [E,B,D] is of the first networks that `forward` ran; place as there."""
+    `weight_gradient` takes. d_mixed [E,B,D] is of the first networks that `forward` ran; place as there. first_relu: a
+    ReLU gave h0, and d_h0 is to be the gradient in front of it."""
     n_nets, n_rows, width = d_mixed.shape
     n_modules, n_kept = routes.index.shape[2:]
     launch = walk_launch("routed_modules_bwd", precision, n_modules, n_kept, width, n_rows, n_nets)
@@ -329,7 +342,7 @@ def backward_at(
         routed_modules_bwd_kernel[_grid(n_rows, launch["BLOCK_ROWS"], n_nets)](
             d_mixed, h, weight, place, opened, *routes, order_if_many(routes.active) if order is None else order,
             d_h0, d_gate, to_relu, to_residual, n_rows,
-            RESIDUAL=residual, **launch,
+            RESIDUAL=residual, FIRST_RELU=first_relu, **launch,
         )  # fmt: skip
     return to_relu
 

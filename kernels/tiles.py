@@ -23,13 +23,14 @@ def tile_rows(active_ptr, order_ptr, n_rows, tile, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def place_of(place_ptr, net, column, WIDTH: tl.constexpr):
-    """Where a matrix with rows of that width begins, by row `net` of a table [networks,3]; with rows of a multiple of 4
-    numbers it does so at one, and the compiler is to know it: an access is as wide as what it starts at."""
+def at_place(ptr, place_ptr, net, column, WIDTH: tl.constexpr):
+    """A matrix with rows of that width, which begins behind `ptr` as row `net` of a table [networks,3] says; with rows
+    of a multiple of 16 bytes so does it, and the compiler is to know it: an access is as wide as what it starts at."""
+    ALIGNED: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     place = tl.load(place_ptr + net * 3 + column)
-    if WIDTH % 4 == 0:
-        place = place // 4 * 4
-    return place
+    if WIDTH % ALIGNED == 0:
+        place = place // ALIGNED * ALIGNED
+    return ptr + place
 
 
 @triton.jit
@@ -114,7 +115,8 @@ def load_d_z(d_y_ptr, y_ptr, row, inside, out, N_OUT: tl.constexpr, RELU: tl.con
     """The gradient in front of the ReLU, [rows,outs]: d_y where y is above 0; both [B,out]."""
     d_z = load_tile(d_y_ptr, row, inside, out, N_OUT, N_OUT)
     if RELU:
-        d_z = tl.where(load_tile(y_ptr, row, inside, out, N_OUT, N_OUT) > 0, d_z, 0.0)
+        y = load_tile(y_ptr, row, inside, out, N_OUT, N_OUT).to(d_z.dtype)  # the interpreter compares a bfloat16's bits
+        d_z = tl.where(y > 0, d_z, 0.0)
     return d_z
 
 

@@ -100,6 +100,10 @@ def _part(memory: Memory | None, n_bytes: float, times: float = 1, written: bool
     return [] if memory is None else [Access(memory, n_bytes, n_bytes * times, written)]
 
 
+def _numbers(memory: Memory, n: float, times: float = 1, written: bool = False) -> list[Access]:
+    return _part(memory, n * memory.dtype.itemsize, times, written)
+
+
 def _blocks(n: int, block: int) -> int:
     return ceil(n / block) * block
 
@@ -107,9 +111,9 @@ def _blocks(n: int, block: int) -> int:
 def _linear_fwd(call: Call) -> Work:
     a, (n_row_tiles, n_out_tiles, n_nets) = call.arguments, call.grid
     n_in, n_out, n_rows, depth = a["N_IN"], a["N_OUT"], a["n_rows"], _blocks(a["N_IN"], a["BLOCK_DEPTH"])
-    accesses = _part(a["x_ptr"], (1 if a["SHARED"] else n_nets) * n_rows * n_in * FLOAT, n_out_tiles)
-    accesses += _part(a["weight_ptr"], n_nets * n_in * n_out * FLOAT, n_row_tiles)
-    accesses += _part(a["y_ptr"], n_nets * n_rows * n_out * FLOAT, written=True)
+    accesses = _numbers(a["x_ptr"], (1 if a["SHARED"] else n_nets) * n_rows * n_in, n_out_tiles)
+    accesses += _numbers(a["weight_ptr"], n_nets * n_in * n_out, n_row_tiles)
+    accesses += _numbers(a["y_ptr"], n_nets * n_rows * n_out, written=True)
     flop = 2.0 * prod(call.grid) * a["BLOCK_ROWS"] * a["BLOCK_OUT"] * depth
     chunks = depth // a["BLOCK_DEPTH"]
     return Work(accesses, flop, loads=2, chunks=chunks, depth=depth)
@@ -120,11 +124,11 @@ def _linear_bwd(call: Call) -> Work:
     n_nets = a["E"] if a["SHARED"] else n_own
     n_in, n_out, n_rows = a["N_IN"], a["N_OUT"], a["n_rows"]
     depth = _blocks(n_out, a["BLOCK_DEPTH"]) * (n_nets // n_own)
-    gradient = n_nets * n_rows * n_out * FLOAT
-    accesses = _part(a["d_y_ptr"], gradient, n_in_tiles)
-    accesses += _part(a["y_ptr"] if a["RELU"] else None, gradient, n_in_tiles)
-    accesses += _part(a["weight_ptr"], n_nets * n_in * n_out * FLOAT, n_row_tiles)
-    accesses += _part(a["d_x_ptr"], n_own * n_rows * n_in * FLOAT, written=True)
+    gradient = n_nets * n_rows * n_out
+    accesses = _numbers(a["d_y_ptr"], gradient, n_in_tiles)
+    accesses += _numbers(a["y_ptr"], gradient, n_in_tiles) if a["RELU"] else []
+    accesses += _numbers(a["weight_ptr"], n_nets * n_in * n_out, n_row_tiles)
+    accesses += _numbers(a["d_x_ptr"], n_own * n_rows * n_in, written=True)
     flop = 2.0 * prod(call.grid) * a["BLOCK_ROWS"] * a["BLOCK_IN"] * depth
     chunks = depth // a["BLOCK_DEPTH"]
     return Work(accesses, flop, loads=2, chunks=chunks, depth=depth)
@@ -133,7 +137,7 @@ def _linear_bwd(call: Call) -> Work:
 def _split_base(call: Call) -> Work:
     """A linear layer that also writes its product with g and its ReLU; g's own weights are few."""
     a = call.arguments
-    linear = a | {"SHARED": False, "weight_ptr": a["parameters_ptr"], "y_ptr": a["f_ptr"]}
+    linear = a | {"SHARED": False, "weight_ptr": a["weights_ptr"], "y_ptr": a["f_ptr"]}
     work = _linear_fwd(call._replace(arguments=linear))
     others = [
         access for name in ("scaled_ptr", "positive_ptr") for access in _part(a[name], a[name].n_bytes, written=True)
@@ -144,7 +148,7 @@ def _split_base(call: Call) -> Work:
 def _split_base_bwd(call: Call) -> Work:
     """The gradient through a linear layer, which stays in registers, and what it meets."""
     a = call.arguments
-    linear = a | {"SHARED": False, "RELU": True, "weight_ptr": a["parameters_ptr"], "d_x_ptr": a["d_f_ptr"]}
+    linear = a | {"SHARED": False, "RELU": False, "weight_ptr": a["weights_ptr"], "d_x_ptr": a["d_f_ptr"]}
     work, n_bytes = _linear_bwd(call._replace(arguments=linear)), a["d_g_ptr"].n_bytes
     others = _part(a["d_scaled_ptr"], n_bytes) + _part(a["f_ptr"], n_bytes) + _part(a["d_g_ptr"], n_bytes, written=True)
     return work._replace(accesses=work.accesses + others, loads=work.loads + 2)
@@ -153,18 +157,18 @@ def _split_base_bwd(call: Call) -> Work:
 def _network_gradient(call: Call) -> Work:
     """Tiles of products, and sums; both read the output behind d_z where a ReLU is."""
     a = call.arguments
-    depth, n_tiles = _blocks(a["N_ROWS"], a["BLOCK_DEPTH"]), 0
+    depth, n_tiles, of_act = _blocks(a["N_ROWS"], a["BLOCK_DEPTH"]), 0, a["act_ptr"].dtype.itemsize
     d_z = act = d_z_traffic = act_traffic = written = 0.0
     for g in a["of_table"]:
         is_product = isinstance(g, Product)
         n_rows, width = (a["N_ROWS"], g.n_in) if is_product else (g.n_rows, 0)
-        gradient, behind = g.d_z.width * n_rows * FLOAT, g.d_z.y_at >= 0
+        gradient, behind = g.d_z.width * n_rows * FLOAT, g.d_z.width * n_rows * of_act * (g.d_z.y_at >= 0)
         times = ceil(width / a["BLOCK_IN"]) if is_product else 1
         d_z_traffic += gradient * times
-        act_traffic += gradient * times * behind + width * n_rows * FLOAT * ceil(g.d_z.width / a["BLOCK_OUT"])
+        act_traffic += behind * times + width * n_rows * of_act * ceil(g.d_z.width / a["BLOCK_OUT"])
         written += g.d_z.width * max(width, 1) * FLOAT
         if is_product:  # what a product reads, the sums of its rows read as well
-            d_z, act = d_z + gradient, act + gradient * behind + width * n_rows * FLOAT
+            d_z, act = d_z + gradient, act + behind + width * n_rows * of_act
             n_tiles += ceil(g.d_z.width / a["BLOCK_OUT"]) * times
     accesses = [Access(a["d_z_ptr"], min(d_z, a["d_z_ptr"].n_bytes), d_z_traffic, False)]
     accesses += [Access(a["act_ptr"], min(act, a["act_ptr"].n_bytes), act_traffic, False)]
@@ -220,8 +224,8 @@ def _routed_fwd(call: Call) -> Work:
     row = n_nets * n_rows * d * FLOAT
     runs = shares.active * row
     accesses = _once(call._replace(arguments={x: a[x] for x in ("index_ptr", "gate_ptr", "active_ptr")}), ())
-    accesses += _part(a["h0_ptr"], row) + _part(a["mixed_ptr"], row, written=True)
-    accesses += _part(a["weight_ptr"], n_nets * (n - 1) * d * d * FLOAT, n_tiles * shares.touched / (n - 1))
+    accesses += _part(a["h0_ptr"], row) + _numbers(a["mixed_ptr"], row / FLOAT, written=True)
+    accesses += _numbers(a["weight_ptr"], n_nets * (n - 1) * d * d, n_tiles * shares.touched / (n - 1))
     # Sources are what this very launch wrote: traffic, but nothing to fetch. They are read again for the residual at
     # once, some 32 KB of a tile, which the first-level cache still has.
     accesses += [Access(a["h_ptr"], 0.0, (runs + row) * k, False), Access(a["h_ptr"], runs + row, runs + row, True)]
@@ -243,7 +247,7 @@ def _routed_bwd(call: Call) -> Work:
     few = ("index_ptr", "gate_ptr", "flow_ptr", "active_ptr")
     accesses = _once(call._replace(arguments={x: a[x] for x in few}), ())
     accesses += _part(a["d_mixed_ptr"], row) + _part(a["d_h0_ptr"], row, written=True)
-    accesses += _part(a["weight_ptr"], n_nets * (n - 1) * d * d * FLOAT, n_tiles * shares.touched / (n - 1))
+    accesses += _numbers(a["weight_ptr"], n_nets * (n - 1) * d * d, n_tiles * shares.touched / (n - 1))
     accesses += [Access(a["h_ptr"], runs + row, pushed, False), *_part(a["opened_ptr"], runs / FLOAT)]
     # The first gradient that reaches an adjoint is stored, later ones are added; then its module reads it, or d_h0.
     for name in ("to_relu_ptr", "to_residual_ptr")[:n_adjoints]:

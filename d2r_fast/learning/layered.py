@@ -61,6 +61,7 @@ class Plan:
 
     n_sets, n_back  sets of rows of the network that is trained: all of them, and those that a backward goes through,
                     all as well or, of a single network, the first ones
+    own             where in `flat.all` the networks' parameters lie
     place           by layer: where each member's weight, bias and rows begin, [M,3] int64
     table           of the gradients of all layers but the modules; None: there is no backward
     """
@@ -78,10 +79,12 @@ class Plan:
         hidden = {f"route{i}": width for i, width in enumerate(cfg.route_widths)}
         base, modules = cfg.base_width, cfg.module_width
         self.layers = _layers_of(net)
+        ends = [(int(p.storage_offset()), p.numel()) for owner, _ in nets for p in owner.parameters()]
+        self.own = slice(min(begin for begin, _ in ends), max(begin + n for begin, n in ends))
         self.kept = Pieces(
             len(self.members),
             n_rows,
-            {"base0": base, "scaled": base, "opened": base, **hidden, "module0": modules, "mixed": modules},
+            {"base0": base, "scaled": base, "opened": base, **hidden, "mixed": modules},
         )
         last = {f"route{len(hidden)}": cfg.n_logits}
         self.d_z = Pieces(
@@ -103,7 +106,7 @@ class Plan:
         """Of the first set of every network: parameters are constant for the others."""
         reads = {"base1": "base0", "module0": "opened", "head": "mixed", "route0": "scaled"}
         reads |= {f"route{i}": f"route{i - 1}" for i in range(1, len(net.route))}
-        with_relu = {"base0", "module0", *(f"route{i}" for i in range(len(net.route) - 1))}
+        with_relu = {"base0", *(f"route{i}" for i in range(len(net.route) - 1))}
         gradients: list[Any] = []
         for number in range(net.n_nets):
             member, back = number * self.n_sets, number * self.n_back
@@ -136,20 +139,21 @@ class LayeredPass:
         member = plan.members[0]
         net, n, n_members = member.net, plan.n_rows, len(plan.members)
         cfg, self._all, place = net.cfg, flat.all, plan.place
-        self._buffer = x.new_empty(plan.kept.size)
+        self._weights = flat.operands(cfg.precision, plan.own)
+        self._buffer = x.new_empty(plan.kept.size, dtype=self._weights.dtype)
         kept = self._kept = plan.kept.of(self._buffer)
 
         def linear(name: str, given: Tensor, relu: bool = False, y: Tensor | None = None) -> Tensor:
             weight = plan.layers[name][0]
             n_out, n_in = weight.shape[-2:]
             y = x.new_empty(n_members, n, n_out) if y is None else y
-            _linear(given, self._all, place[name], y, n_in, given.stride(-2), relu, cfg.precision)
+            _linear(given, self._weights, self._all, place[name], y, n_in, given.stride(-2), relu, cfg.precision)
             return y
 
         linear("base0", x, True, kept["base0"])
-        self._f = torch.empty_like(kept["scaled"])
+        self._f = x.new_empty(kept["scaled"].shape)
         _split_base(
-            *(kept["base0"], self._all, place["base1"], place["task"], task, net.n_tasks),
+            *(kept["base0"], self._weights, self._all, place["base1"], place["task"], task, net.n_tasks),
             *(self._f, kept["scaled"], kept["opened"], cfg.precision),
         )
         read, n_hidden = kept["scaled"], len(cfg.route_widths)
@@ -163,9 +167,9 @@ class LayeredPass:
         )
         self._routes = Routes(*(v.view(n_members, n, *v.shape[2:]) for v in (index, gate, flow, active)))
         self._order = _order_if_many(self._routes.active)
-        linear("module0", kept["opened"], True, kept["module0"])
+        module0 = linear("module0", kept["opened"], True)
         _, self._h, self._opened = _routed_modules(
-            *(kept["module0"], self._all, self._all, self._routes, cfg.residual, cfg.precision, plan.n_back > 0),
+            *(module0, self._weights, self._all, self._routes, cfg.residual, cfg.precision, plan.n_back > 0),
             *(self._order, place["modules"], kept["mixed"]),
         )
         out = linear("head", kept["mixed"])
@@ -186,14 +190,14 @@ class LayeredPass:
             return d_out.new_empty(n_members, n, width)
 
         def to_input(name: str, d_y: Tensor, d_x: Tensor, y: Tensor | None = None) -> Tensor:
-            _linear_backward(d_y, self._all, place[name], y, d_x, precision)
+            _linear_backward(d_y, self._weights, place[name], y, d_x, precision)
             return d_x
 
         d_mixed = to_input("head", d_out, fresh(cfg.module_width))
         d_gate = fresh(cfg.n_modules * cfg.top_k).view(n_members, n, cfg.n_modules, cfg.top_k)
         adjoint = _routed_modules_backward(
-            *(d_mixed, self._all, place["modules"], self._h, self._opened, self._routes, cfg.residual, precision),
-            *(self._order, d_z["module0"], d_gate),
+            *(d_mixed, self._weights, place["modules"], self._h, self._opened, self._routes, cfg.residual, precision),
+            *(self._order, d_z["module0"], d_gate, True),
         )
         index, gate, _, active = self._routes
         _modules_gradient(
@@ -207,7 +211,7 @@ class LayeredPass:
             to_input(name, d_z[name], d_z[before], kept.get(name))
         d_scaled = to_input("route0", d_z["route0"], fresh(cfg.base_width), kept["route0"])
         _split_base_backward(
-            *(d_z["module0"], self._all, place["module0"], kept["module0"], d_scaled, self._f, place["task"]),
+            *(d_z["module0"], self._weights, place["module0"], d_scaled, self._f, self._all, place["task"]),
             *(self._task, net.n_tasks, d_z["base1"], d_z["task"], precision),
         )
         to_input("base1", d_z["base1"], d_z["base0"])
@@ -218,7 +222,7 @@ class LayeredPass:
         d_x = d_out.new_empty(len(to_x) * n, net.n_in)
         for own, i in zip(d_x.split(n), to_x, strict=True):
             of_set = range(i, n_members, plan.n_back)
-            _linear_backward(d_z["base0"], self._all, place["base0"], kept["base0"], own, precision, of_set)
+            _linear_backward(d_z["base0"], self._weights, place["base0"], kept["base0"], own, precision, of_set)
         return d_x
 
 

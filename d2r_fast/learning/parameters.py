@@ -86,6 +86,15 @@ class FlatParameters:
         """Where a parameter's numbers begin in a buffer laid out as `values`."""
         return self._places[parameter]
 
+    def operands(self, precision: str, own: slice) -> Tensor:
+        """What products take weights from, laid out as `all`: that; in bf16 a copy of its part `own`, rounded once
+        instead of in every tile, which then reads half. Made anew in each call: parameters change in between."""
+        if precision != "bf16":
+            return self.all
+        rounded = torch.empty_like(self.all, dtype=torch.bfloat16)
+        rounded[own] = self.all[own]
+        return rounded
+
     def view(self, buffer: Tensor, parameter: Tensor) -> Tensor:
         """What belongs to a parameter in a buffer laid out as `values`."""
         begin = self.place(parameter)

@@ -203,7 +203,7 @@ def test_networks_whose_parameters_and_rows_lie_elsewhere(precision, n_in, n_out
     place = torch.tensor([[at[e], at[e] + weight[e].numel(), (e % 2) * wide[0].numel()] for e in range(3)])
     place = place.to(DEVICE)
     y = torch.empty(3, n, n_out, device=DEVICE)
-    linear.forward_at(wide, buffer, place, y, n_in, n_in + 3, True, precision)
+    linear.forward_at(wide, buffer, buffer, place, y, n_in, n_in + 3, True, precision)
     expected = linear.forward(x, weight, bias, True, precision)
     assert torch.equal(y, expected)
 
@@ -214,6 +214,35 @@ def test_networks_whose_parameters_and_rows_lie_elsewhere(precision, n_in, n_out
     linear.backward_at(d_y, buffer, place, None, d_x[0], precision, range(0, 3, 2))
     of_each = linear.backward(d_y, x, weight, y, False, precision, True, False)[0]
     torch.testing.assert_close(d_x[0], of_each[0] + of_each[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(17, 9), (24, 40)], ids=["unaligned", "aligned"])
+def test_what_is_kept_in_bfloat16_gives_the_numbers_that_a_product_rounds(n_in, n_out):
+    """Operands that lie in memory as bfloat16, against the same numbers in float32, which products in bf16 round."""
+    e, n = 2, 40
+    x, weight, bias, d_y = make_case(e, n, n_in, n_out, dtype=torch.float32)
+    low_x, low_weight = x.bfloat16(), weight.bfloat16()
+    place = [[i * n_out * n_in, i * n_out, i * n * n_in] for i in range(e)]
+    place = torch.tensor(place, device=DEVICE)
+    y, low_y = torch.empty(e, n, n_out, device=DEVICE), torch.empty(e, n, n_out, device=DEVICE, dtype=torch.bfloat16)
+    rounded = [low_x.float(), low_weight.float()]
+    linear.forward_at(*rounded, bias, place, y, n_in, n_in, True, "bf16")
+    linear.forward_at(low_x, low_weight, bias, place, low_y, n_in, n_in, True, "bf16")
+    assert torch.equal(low_y.double(), nearest(y, "bf16"))
+
+    d_x, low_d_x = torch.empty_like(x), torch.empty_like(x)
+    linear.backward_at(d_y, rounded[1], place, y, d_x, "bf16")
+    linear.backward_at(d_y, low_weight, place, low_y, low_d_x, "bf16")
+    assert torch.equal(low_d_x, d_x)
+
+    rows = Rows(False, 0, n_out, 0)
+    act, low_act = (torch.cat([kept.flatten(), given.flatten()]) for kept, given in ((y, rounded[0]), (low_y, low_x)))
+    products = [Product(rows, False, e * n * n_out, n_in, n_in, 0), Sum(rows, 0, n, n_in * n_out, 1)]
+    written = [torch.empty(n_in * n_out + n_out, device=DEVICE) for _ in range(2)]
+    for kept, gradient in zip((act, low_act), written, strict=True):
+        table = network_gradient.gradient_table(x, products, "bf16", n)
+        network_gradient.network_gradient(kept, x, d_y, d_y, gradient, table)
+    assert torch.equal(*written)
 
 
 @tiles
@@ -256,7 +285,7 @@ def test_gradients_of_all_layers_in_one_launch(precision, n_enough, monkeypatch)
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_base_goes_on_by_its_tasks_row_and_back(precision):
-    """f = x W^T + b goes on as f g, g by the task, and as ReLU(f), which a layer of ReLU(V ReLU(f)) reads."""
+    """f = x W^T + b goes on as f g, g by the task, and as ReLU(f), which a layer of V ReLU(f) reads."""
     e, n, n_in, width, n_out, n_tasks = 2, 37, 20, 130, 9, 3
     dtype = DTYPE if precision == "float32" else torch.float32
 
@@ -278,7 +307,7 @@ def test_the_base_goes_on_by_its_tasks_row_and_back(precision):
     onehot = (task[:, None] == torch.arange(n_tasks, device=DEVICE)).to(dtype)
     f, scaled, positive, d_f, d_g = (torch.empty(e, n, width, device=DEVICE, dtype=dtype) for _ in range(5))
     of_base, of_task = place("weight", "bias", n_in), place("of_task", "task_bias")
-    layers.split_base(x, buffer, of_base, of_task, task, n_tasks, f, scaled, positive, precision)
+    layers.split_base(x, buffer, buffer, of_base, of_task, task, n_tasks, f, scaled, positive, precision)
     z = nearest(x.flip(0), precision) @ nearest(parts["weight"], precision).mT + parts["bias"][:, None]
     torch.testing.assert_close(f.double(), z.double(), rtol=1e-5, atol=1e-4)
     ours, g = f.clone().requires_grad_(), onehot @ parts["of_task"].mT + parts["task_bias"][:, None]
@@ -287,10 +316,10 @@ def test_the_base_goes_on_by_its_tasks_row_and_back(precision):
     torch.testing.assert_close(scaled, expected[0].detach())
     assert torch.equal(positive, expected[1].detach())
 
-    y, d_y, d_scaled = (positive @ parts["v"].mT).relu(), random(e, n, n_out), random(e, n, width)
+    d_y, d_scaled = random(e, n, n_out), random(e, n, width)
     reads = place("v", "bias")
-    layers.split_base_backward(d_y, buffer, reads, y, d_scaled, f, of_task, task, n_tasks, d_f, d_g, precision)
-    d_positive = nearest(torch.where(y > 0, d_y, 0), precision) @ nearest(parts["v"], precision)
+    layers.split_base_backward(d_y, buffer, reads, d_scaled, f, buffer, of_task, task, n_tasks, d_f, d_g, precision)
+    d_positive = nearest(d_y, precision) @ nearest(parts["v"], precision)
     truth = torch.autograd.grad(expected, (ours, g), (d_scaled, d_positive.to(dtype)))
     torch.testing.assert_close((d_f, d_g), truth, rtol=1e-5, atol=1e-4)
 

@@ -166,6 +166,19 @@ def test_more_tiles_than_one_axis_of_a_grid_has_room_for(monkeypatch):
     assert_same(run_triton(case, cotangent), before)
 
 
+def test_weights_that_lie_in_bfloat16_are_those_that_a_product_rounds():
+    h0, weight, bias, routes = make_modules(2, 20, 6, 2, 24)
+    h0, weight, bias, routes = h0.float(), weight.float(), bias.float(), routes._replace(gate=routes.gate.float())
+    place = torch.tensor([[i * weight[0].numel(), i * bias[0].numel(), 0] for i in range(2)], device=DEVICE)
+    low, found = weight.bfloat16(), []
+    for given in (low.float(), low):
+        mixed, h, opened = triton_modules.forward(h0, given, bias, routes, True, "bf16", True, None, place)
+        d_h0, d_gate = torch.empty_like(h0), torch.zeros_like(routes.gate)
+        triton_modules.backward_at(mixed, given, place, h, opened, routes, True, "bf16", None, d_h0, d_gate, True)
+        found.append((mixed, d_h0, d_gate))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_what_is_not_active_is_not_written():
     h0, weight, bias, routes = make_modules(2, 20, 8, 2, 16)
     _, h, opened = triton_modules.forward(h0, weight, bias, routes, True, "float32", True)
@@ -378,8 +391,13 @@ def test_parameters_that_lie_elsewhere(sort_rows):
 
     d_h0, d_gate = torch.empty_like(cotangent), routes.gate[:4].clone()
     adjoint = triton_modules.backward_at(
-        *(cotangent, buffer, place, h, opened, routes, True, "float32", order, d_h0, d_gate)
+        *(cotangent, buffer, place, h, opened, routes, True, "float32", order, d_h0, d_gate, False)
     )
+    in_front = torch.empty_like(d_h0)
+    triton_modules.backward_at(
+        *(cotangent, buffer, place, h, opened, routes, True, "float32", order, in_front, d_gate.clone(), True)
+    )
+    assert torch.equal(in_front, torch.where(h0[:4] > 0, d_h0, 0.0))
     d_weight, d_bias = torch.empty_like(weight[:2]), torch.empty_like(bias[:2])
     triton_gradient.weight_gradient(
         *(adjoint, opened, h, routes.index, routes.gate, routes.active, "float32", d_weight, d_bias)

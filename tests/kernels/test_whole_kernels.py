@@ -1,5 +1,5 @@
-"""Whole networks in a launch against the equations in float64: on the GPU if there is one, else in Triton's
-interpreter. Whole updates in float64: `tests/learning/test_update.py`."""
+"""An update's gradient, by whole networks in a launch or layer by layer, against the equations in float64: on the GPU
+if there is one, else in Triton's interpreter. Whole updates in float64: `tests/learning/test_update.py`."""
 
 import copy
 
@@ -28,14 +28,15 @@ def legal_routes(*shape):
     return torch.tensor(rows, dtype=torch.int32).view(*shape, N, K)
 
 
+@pytest.mark.parametrize("way", ["by_whole_networks", "layer_by_layer"])
 @pytest.mark.parametrize(("precision", "per_task"), [("float32", 20), ("tf32", 9), ("bf16", 9)])
-def test_gradients_of_an_update_by_whole_networks(precision, per_task):
+def test_gradients_of_an_update(precision, per_task, way):
     n = T * per_task
     cfg = NetConfig(n_modules=N, top_k=K, module_width=17, base_width=33, route_widths=(18,), backend="reference")
     exact = Agent(N_OBS, A, T, cfg, init_alpha=0.3).double()
     ours = copy.deepcopy(exact).float().to(DEVICE)
     for net in (ours.actor.net, ours.critics.net, ours.target_critics.net):
-        net.cfg = NetConfig(**{**vars(cfg), "precision": precision})
+        net.cfg = NetConfig(**{**vars(cfg), "precision": precision, "backend": "triton"})
     rows = ReplayRows(
         x=torch.randn(3, n, N_OBS + A).double(),
         route=legal_routes(1, n),
@@ -50,7 +51,10 @@ def test_gradients_of_an_update_by_whole_networks(precision, per_task):
         own = ReplayRows(*(v.clone().to(device) for v in own))
         choice = RouteChoice.given(draws.critic_choice.index.to(device))
         step = Update(agent, SacConfig())
-        fill = step._fill_gradient if agent is exact else step._fill_gradient_by_whole_networks
+        fill = step._fill_gradient
+        if agent is ours and way == "by_whole_networks":
+            fill = step._fill_gradient_by_whole_networks
+        assert step._actor.runs_layered(own.x[0]) == (agent is ours)
         with torch.no_grad():
             losses.append(fill(own, task.to(device), Draws(draws.noise.to(dtype).to(device), choice)).cpu().double())
         gradients.append(step.flat.gradient.cpu().double())
