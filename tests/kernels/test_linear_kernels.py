@@ -242,7 +242,7 @@ def test_what_is_kept_in_bfloat16_gives_the_numbers_that_a_product_rounds(n_in, 
     for kept, gradient in zip((act, low_act), written, strict=True):
         table = network_gradient.gradient_table(x, products, "bf16", n)
         network_gradient.network_gradient(kept, x, d_y, d_y, gradient, table)
-    assert torch.equal(*written)
+    torch.testing.assert_close(*written, rtol=1e-5, atol=1e-5)  # whose instructions may sum in another order
 
 
 @tiles

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from ptx.batch import Batch
 from ptx.operands import Operands
-from ptx.parser import Immediate, Instruction, Register
-from ptx.values import INTEGER, KINDS, WIDER, to_bfloat16
+from ptx.parser import Group, Immediate, Instruction, Register
+from ptx.values import INTEGER, KINDS, WIDER, bf16_of, to_bfloat16
 
 
 def flushing(compute: Callable) -> Callable:
@@ -221,19 +222,39 @@ class Arithmetic(Operands):
         return self._plain(i, [kind, kind, "pred"], lambda a, b, p: np.where(p, a, b), kind)
 
     def op_setp(self, i: Instruction, parts: list[str]) -> Callable | None:
-        if len(parts) != 3 or not isinstance(i.operands[0], Register):
+        if len(parts) != 3 or not isinstance(i.operands[0], Register | Group):
             return None
         test, kind = parts[1:]
+        in_halves = kind == "bf16x2"
+        if in_halves != isinstance(i.operands[0], Group):
+            return None
         nan = lambda a, b: np.isnan(a) | np.isnan(b)  # noqa: E731
         tests: dict[str, Callable] = {
             "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
             "ge": np.greater_equal,
         }  # fmt: skip
-        if kind[0] == "f":
+        if kind[0] == "f" or in_halves:
             floats = {name + "u": lambda a, b, f=f: f(a, b) | nan(a, b) for name, f in tests.items()}
             tests = tests | floats | {"num": lambda a, b: ~nan(a, b), "nan": nan}
             tests["ne"] = lambda a, b: np.not_equal(a, b) & ~nan(a, b)
-        return self._plain(i, [kind, kind], tests[test], "pred") if test in tests else None
+        if test not in tests:
+            return None
+        if in_halves:
+            return self._of_halves(i, tests[test])
+        return self._plain(i, [kind, kind], tests[test], "pred")
+
+    def _of_halves(self, i: Instruction, test: Callable) -> Callable:
+        """Two predicates, of the lower and the upper halves of two registers."""
+        pair: Any = i.operands[0]
+        puts = [self.write(operand, "pred") for operand in pair.parts]
+        a, b = (self.read(operand, "b32") for operand in i.operands[1:])
+
+        def both(s: Batch, at: Any) -> None:
+            left, right = np.asarray(a(s, at)), np.asarray(b(s, at))
+            for half, put in enumerate(puts):
+                put(s, at, test(bf16_of(left, half), bf16_of(right, half)))
+
+        return both
 
     def op_cvt(self, i: Instruction, parts: list[str]) -> Callable | None:
         target, source, modifiers = parts[-2], parts[-1], parts[1:-2]

@@ -22,6 +22,8 @@ def narrowest(program: Program, space: str) -> int:
         here = any(p == space or p.startswith(space + "::") for p in parts)
         if here and parts[0] in ("ld", "st", "atom", "red"):
             width = min(width, KINDS[parts[-1]].itemsize)
+        elif here and "trans" in parts:  # a thread takes two numbers of different rows
+            width = min(width, 2)
     return width
 
 

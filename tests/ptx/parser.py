@@ -164,6 +164,8 @@ def _split(text: str) -> list[str]:
 def _operand(text: str, line: int):
     if text.startswith("{"):
         return Group(tuple(_operand(p, line) for p in _split(text[1:-1])))
+    if "|" in text:  # two predicates, of the halves of a register
+        return Group(tuple(_operand(p, line) for p in text.split("|")))
     if text.startswith("["):
         inner = re.match(r"\[\s*([^+\s]+)\s*(?:\+\s*(-?\w+))?\s*\]$", text)
         if inner is None:

@@ -90,6 +90,21 @@ def test_floats(code, expected):
     np.testing.assert_array_equal(out, np.repeat(np.float32(expected), 8))
 
 
+def test_halves_of_two_registers_compare_each_for_itself():
+    """The lower one's predicate comes first."""
+    one, two = 0x3F80, 0x4000  # 1 and 2 in bfloat16
+    a = np.array([one << 16 | two, two << 16 | one, 0x7FC0 << 16 | two, two << 16 | two], np.uint32).repeat(8)
+    b = np.full(32, one << 16 | one, np.uint32)
+    code = """setp.gt.bf16x2 %p1|%p2, %r2, %r3;
+\tselp.b32 %r4, 1, 0, %p1;
+\tselp.b32 %r5, 2, 0, %p2;
+\tadd.u32 %r4, %r4, %r5;"""
+    body = f"\tld.global.b32 %r2, [%rd11];\n\tld.global.b32 %r3, [%rd12];\n\t{code}\n\tst.global.b32 [%rd13], %r4;"
+    (_, _, out), launch = run(body, a, b, np.zeros(32, np.uint32))
+    assert out.tolist() == np.repeat([1, 2, 1, 3], 8).tolist()
+    assert not kinds(launch)
+
+
 @pytest.mark.parametrize(
     ("code", "expected"),
     [

@@ -18,6 +18,7 @@ SHORT = (
     "E1-B17-N3-K2-D33-highest-tf32",
     "test_linear_layers and E1-B67-64to136-own",
     "test_networks_whose_parameters and bf16 and unaligned",
+    "test_what_is_kept_in_bfloat16 and unaligned",
     "test_gradients_of_all_layers and tf32",
     "test_the_base_goes_on",
     "test_sums_of_experts and 3-12-orthogonal",
