@@ -65,7 +65,7 @@ def without_barrier_after_global_stores(text):
         (FWD, "tf32", PIPED, without(r"cp\.async\.wait_group \t\d;"), "copy in flight"),
         (WEIGHT, "bf16", PIPED, without(r"wgmma\.wait_group\.sync\.aligned 0;"), "copy in flight"),
         (WEIGHT, "tf32", PIPED, without(r"fence\.proxy\.async\.shared::cta;"), "proxy"),
-        (FWD, "float32", SMALL, lambda text: text.replace("%ctaid.x;", "%ctaid.y;"), "race between CTAs"),
+        (FWD, "float32", SMALL, lambda text: text.replace("%ctaid.y;", "%ctaid.x;"), "race between CTAs"),
     ],
 )  # fmt: skip
 def test_what_orders_threads_is_missed(kernel, precision, size, change, expected):
