@@ -29,7 +29,7 @@ train: setup
 	$(BIN)/d2r train $(PRESET) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup
 	$(BIN)/ruff check d2r_fast kernels tests benches examples setup.py
@@ -54,7 +54,7 @@ wheel-check:
 
 # All tests on one Python and one torch, against the package as pip installs it.
 matrix:
-	bash tools/matrix.sh $(PYTHON) $(TORCH) $(ENVS) --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
+	bash tools/matrix.sh $(PYTHON) $(TORCH) $(ENVS) --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,6 @@
 """The kernels as they are launched at published sizes, the largest and the narrowest, for `compile_report`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -58,8 +58,9 @@ def _of_networks(launch_of: Callable[[int], dict[str, Any]]) -> Iterator[tuple[s
             yield f"-E{n_nets}" if len(seen) > 1 else "", launch
 
 
-def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
-    """Label, size, precision, kernel, and what the launcher passes besides tensors and row counts (None: no tensor)."""
+def cases(short: bool = False) -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
+    """Label, size, precision, kernel, and what the launcher passes besides tensors and row counts (None: no tensor).
+    short: whole networks, which take longest to compile, in tf32 alone."""
     for n, k, d in SIZES:
         size = f"N{n}-K{k}-D{d}"
         for precision in PRECISIONS:
@@ -97,12 +98,12 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         size, launch = f"N{n}-D{d}", sum_launch(n, d, orthogonal, 0.0)
         yield "expert_sum_fwd", size, "float32", expert_sum_fwd_kernel, launch
         yield "expert_sum_bwd", size, "float32", expert_sum_bwd_kernel, launch
-    yield from cases_of_whole_networks()
+    yield from cases_of_whole_networks(("tf32",) if short else PRECISIONS)
     yield from cases_of_linear_layers()
     yield from cases_of_the_update()
 
 
-def cases_of_whole_networks() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
+def cases_of_whole_networks(precisions: Sequence[str]) -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     """As `cases`: whole networks of the published sizes in an update's four launches: the actor acts along given
     routes, critics sample theirs; back from these to the actions, and from there through the actor."""
     cfg = SimpleNamespace(n_modules=16, top_k=2, module_width=128, base_width=400, route_widths=(256, 256))
@@ -110,7 +111,7 @@ def cases_of_whole_networks() -> Iterator[tuple[str, str, str, Any, dict[str, An
     acts = dict.fromkeys(("temperature_ptr", "noise_ptr")) | {"RESROUTING": True, "TINY": None}
     judges = dict.fromkeys(("given_ptr", "normal_ptr")) | {"RESROUTING": True, "TINY": 1.1754943508222875e-38}
     to_actions = {"N_CRITICS": 2} | dict.fromkeys(("normal_ptr", "d_logp_ptr"))
-    for cfg.precision in PRECISIONS:
+    for cfg.precision in precisions:
         launch = whole_launch(cfg, 10, N_OBS + N_ACTIONS, N_ACTIONS, backward=False)
         yield "whole_network_fwd", "actor", cfg.precision, whole_network_fwd_kernel, launch | acts
         yield "whole_network_fwd", "critics", cfg.precision, whole_network_fwd_kernel, launch | judges

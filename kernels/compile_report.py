@@ -233,6 +233,7 @@ def _number(pattern: str, text: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--short", action="store_true", help="whole networks in tf32 alone: half the time")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: an interpreted kernel is not compiled; unset it")
@@ -240,7 +241,7 @@ def main() -> None:
     line = "{:26} {:12} {:9} {:>9} {:>5} {:>9} {:>6} {:>5} {:>10} {:>6} {:>11} {:>9} {:>4} {:>6} {:>7} {:>4} {:>6} {}"
     print(line.format(*Row._fields))
     rows = []
-    for case in cases():
+    for case in cases(arguments.short):
         rows.append(compile_kernel(*case))
         print(line.format(*rows[-1]), flush=True)
     if arguments.json is not None:

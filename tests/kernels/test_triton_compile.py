@@ -33,7 +33,7 @@ def rows(tmp_path_factory):
     """The compile report's rows, and its table in the test's output."""
     path = tmp_path_factory.mktemp("report") / "report.json"
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "d2r_fast.kernels.compile_report", "--json", str(path)]
+    command = [sys.executable, "-m", "d2r_fast.kernels.compile_report", "--short", "--json", str(path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
