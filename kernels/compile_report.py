@@ -27,8 +27,10 @@ from triton.compiler import ASTSource
 from d2r_fast.kernels.compile_cases import ROWS, cases
 
 TARGET = GPUTarget("cuda", 90, 32)
-MAX_STACK = {"routed_modules_fwd": 64, "routed_modules_bwd": 64, "whole_network_fwd": 64, "whole_network_bwd": 64}
-MAX_STACK |= {"weight_gradient": 32, "split_base": 32, "split_base_bwd": 48}  # 16 warps: 128 registers at most
+MAX_STACK = {
+    **dict.fromkeys(("routed_modules_fwd", "routed_modules_bwd", "whole_network_fwd", "whole_network_bwd"), 64),
+    **{"weight_gradient": 32, "split_base": 32, "split_base_bwd": 48},  # of 16 warps: 128 registers at most
+}
 """Bytes a thread may spill (others: none). At 128 registers a second program fits on the multiprocessor, and ptxas
 spills what does not fit: 0 to 40 bytes, by its version (Triton 3.6 to 3.9). Those values outlive a module and are read
 at most once a module: 16 loads at this bound, beside a thousand multiply-adds in float32."""

@@ -41,16 +41,19 @@ on_every_backend = pytest.mark.parametrize(
 
 
 @on_every_backend
-@pytest.mark.parametrize(("vectors", "least"), [(GOLDEN, (11, 475)), (BASELINES, (16, 1093))], ids=["d2r", "baselines"])
-def test_recorded_vectors(vectors, least, dtype, backend, tmp_path):
+@pytest.mark.parametrize(
+    ("vectors", "least", "least_in_short"),
+    [(GOLDEN, (11, 475), (9, 250)), (BASELINES, (16, 1093), (9, 274))],
+    ids=["d2r", "baselines"],
+)
+def test_recorded_vectors(vectors, least, least_in_short, dtype, backend, tmp_path):
     if backend == "triton" and not availability()["triton"].startswith("ready (interpreted"):
         pytest.skip("on a GPU tests/gpu/test_gpu.py checks them; elsewhere Triton must be installed")
     if backend == "triton":
-        # One update, and one of each other network's two: two minutes less. `check_golden.py DIR --backend triton` has
-        # all. The update with an extreme task leaves this one out; what it does for the others is a plain one.
+        # In short, for all take two minutes (`TRITON_INTERPRET=1 python tests/check_golden.py DIR --backend triton`):
+        # one of each other network's two, and the update with an extreme task, which for the rest is a plain one.
         less = shutil.ignore_patterns("*_2.npz", "update_plain.npz", "update_terminal.npz")
-        vectors = shutil.copytree(vectors, tmp_path / "vectors", ignore=less)
-        least = {(11, 475): (9, 250), (16, 1093): (9, 274)}[least]
+        vectors, least = shutil.copytree(vectors, tmp_path / "vectors", ignore=less), least_in_short
     lines = []
     done = check_directory(vectors, dtype, lines.append, backend=backend)
     print(f"{done.n_files} files, {done.n_quantities} quantities, worst {done.worst:.2e}")
