@@ -132,9 +132,12 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
         for precision in PRECISIONS:
             for name, kernel in kernels.items():
                 shared = n_in == N_OBS + N_ACTIONS
-                flags: dict[str, Any] = {"SHARED": shared, "RELU": n_out > 1}
+                flags: dict[str, Any] = {"SHARED": shared}
                 flags |= {"place_ptr": None} if shared and name != "gradient" else {}
-                flags |= {"bwd": {"E": 2, "FIRST": 0, "STEP": 1}, "fwd": {"X_STRIDE": n_in}}.get(name, {})
+                if name == "fwd":
+                    flags |= {"X_STRIDE": n_in, "RELU": n_out > 1}
+                if name == "bwd":
+                    flags |= {"E": 2, "FIRST": 0, "STEP": 1} | ({"x_ptr": None} if shared else {"y_ptr": None})
                 if name != "gradient" and not shared:
                     flags |= kept_in(precision, "x_ptr", "weight_ptr", "y_ptr")
                 launch_of = partial(ensemble_linear.linear_launch, name, precision, n_in, n_out, ROWS)
@@ -150,7 +153,7 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
                 yield name, f"H400{which}", precision, kernel, launch | {"T": 10} | in_bf16
     for precision in PRECISIONS:
         for which, launch in _of_networks(partial(_largest_gradients, precision)):
-            in_bf16 = kept_in(precision, "act_ptr")
+            in_bf16 = kept_in(precision, "act_ptr", "second_act_ptr")
             yield (
                 "network_gradient",
                 f"any{which}",
@@ -162,7 +165,7 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
 
 def _largest_gradients(precision: str, n_nets: int) -> dict[str, Any]:
     """The launch of two layers' gradients a network."""
-    of_layer = Product(Rows(False, 0, 400, 0), False, 0, 400, 400, 0)
+    of_layer = Product(Rows(False, 0, 400), False, 0, 400, 400, 0)
     return network_gradient.gradient_launch([of_layer] * 2 * n_nets, precision, ROWS)
 
 

@@ -180,7 +180,8 @@ def predict(call: Call, card: Card, cached: Cache, resources: Resources | None) 
         waves = waves_of(work, programs, resident * card.multiprocessors)
         steps, chain = _chain(work, programs, resources, precision, card)
     # The busiest multiprocessor decides, where programs do not divide among them.
-    uneven = ceil(programs / card.multiprocessors) * card.multiprocessors / programs if programs else 1.0
+    one_each = waves_of(work, programs, card.multiprocessors)
+    uneven = one_each * card.multiprocessors / _as_many_longest(work, programs) if programs else 1.0
     times = {
         "HBM": hbm / card.hbm,
         "L2": traffic * max(1 / card.l2, uneven / (card.multiprocessors * card.l2_port * card.clock)),
@@ -215,6 +216,11 @@ def waves_of(work: Work, programs: int, places: int) -> float:
     return max(ends)
 
 
+def _as_many_longest(work: Work, programs: int) -> float:
+    """How many programs that take as long as the longest would do as much."""
+    return sum(work.programs) or programs
+
+
 def _rate(precision: str, resources: Resources | None, card: Card) -> float:
     """Operations a second."""
     of_tensor_cores = {"tf32": card.tensor_tf32, "bf16": card.tensor_bf16}
@@ -233,7 +239,8 @@ def _chain(work: Work, programs: int, resources: Resources, precision: str, card
     instruction = resources.product.split("+")[0]
     terms = work.depth * TERM_CYCLES.get(instruction, {}).get(precision, 0.0)
     # A wide tile waits for the units that make its products, of which it has a multiprocessor's, not for each result.
-    of_units = work.flop / programs / (_rate(precision, resources, card) / card.multiprocessors) * card.clock
+    of_longest = work.flop / _as_many_longest(work, programs)
+    of_units = of_longest / (_rate(precision, resources, card) / card.multiprocessors) * card.clock
     cycles = work.chunks * card.chunk_cycles + max(terms, of_units)
     cycles += barriers * card.barrier_cycles + work.reductions * card.reduction_cycles
     steps = loads + work.chunks + barriers + work.reductions

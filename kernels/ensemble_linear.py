@@ -12,6 +12,7 @@ from d2r_fast.kernels.settings import FUSED, check_dtype, enough, packed
 from d2r_fast.kernels.tiles import (
     at_place,
     block,
+    in_front_of_relu,
     linear_tile,
     linear_tile_backward,
     load_d_z,
@@ -91,14 +92,18 @@ def ensemble_linear_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def ensemble_linear_bwd_kernel(
-    d_y_ptr, weight_ptr, y_ptr, d_x_ptr, place_ptr, n_rows,
+    d_y_ptr, weight_ptr, y_ptr, x_ptr, d_x_ptr, place_ptr, n_rows,
     E: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, N_IN: tl.constexpr, N_OUT: tl.constexpr,
-    SHARED: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_ROWS), cdiv(in, BLOCK_IN), E, or 1 where all networks share x); a program owns one tile of
     d_x, written once. Networks that share x are summed first to last, within the program: E of them, from FIRST on each
-    STEP-th. place as in the forward kernel, of which x's part is not read."""
+    STEP-th. place as in the forward kernel, of which x's part is not read.
+
+    y [E,B,out]: a ReLU gave it, and d_y counts where it is above 0. x [E,B,in]: a ReLU gave what the layer reads, and
+    d_x is the gradient in front of it. None: there is no ReLU.
+    """
     row, inside = block(tl.program_id(0), n_rows, BLOCK_ROWS)
     feature, exists = block(tl.program_id(1), N_IN, BLOCK_IN)
     d_x = tl.zeros((BLOCK_ROWS, BLOCK_IN), d_x_ptr.dtype.element_ty)
@@ -110,9 +115,11 @@ def ensemble_linear_bwd_kernel(
             own_ptr = at_place(weight_ptr, place_ptr, net, 0, N_IN)
         gradient = net * n_rows * N_OUT
         d_x = linear_tile_backward(
-            d_x, d_y_ptr + gradient, y_ptr + gradient if RELU else None, row, inside, own_ptr, feature,
-            N_IN, N_OUT, RELU, PRECISION, BLOCK_DEPTH,
+            d_x, d_y_ptr + gradient, y_ptr if y_ptr is None else y_ptr + gradient, row, inside, own_ptr, feature,
+            N_IN, N_OUT, PRECISION, BLOCK_DEPTH,
         )  # fmt: skip
+    if x_ptr is not None:
+        d_x = in_front_of_relu(d_x, x_ptr + own * n_rows * N_IN, row, inside, feature, N_IN)
     at = ((own * n_rows + row) * N_IN)[:, None] + feature[None, :]
     tl.store(d_x_ptr + at, d_x, mask=inside[:, None] & exists[None, :])
 
@@ -120,7 +127,7 @@ def ensemble_linear_bwd_kernel(
 @triton.jit(do_not_specialize=["n_rows"])
 def ensemble_linear_gradient_kernel(
     d_y_ptr, x_ptr, y_ptr, d_weight_ptr, d_bias_ptr, n_rows,
-    N_IN: tl.constexpr, N_OUT: tl.constexpr, SHARED: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    N_IN: tl.constexpr, N_OUT: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of out x in, splits, E); a program owns one tile of d_weight [splits,E,out,in] over the rows of its
@@ -133,12 +140,14 @@ def ensemble_linear_gradient_kernel(
     out, exists = block(tl.program_id(0) // n_in_tiles, N_OUT, BLOCK_OUT)
     feature, _ = block(in_tile, N_IN, BLOCK_IN)
     x_ptr += 0 if SHARED else net * n_rows * N_IN
-    gradient = net * n_rows * N_OUT
+    d_y_ptr += net * n_rows * N_OUT
+    if y_ptr is not None:
+        y_ptr += net * n_rows * N_OUT
     d_weight = tl.zeros((BLOCK_OUT, BLOCK_IN), d_weight_ptr.dtype.element_ty)
     of_bias = tl.zeros((BLOCK_DEPTH, BLOCK_OUT), d_weight_ptr.dtype.element_ty)
     for start in range(0, SPLIT_ROWS, BLOCK_DEPTH):
         row, inside = block(0, n_rows, BLOCK_DEPTH, split * SPLIT_ROWS + start)
-        d_z = load_d_z(d_y_ptr + gradient, y_ptr + gradient, row, inside, out, N_OUT, RELU)
+        d_z = load_d_z(d_y_ptr, y_ptr, row, inside, out, N_OUT)
         x = load_tile(x_ptr, row, inside, feature, N_IN, N_IN)
         d_weight = rounded_product(tl.trans(d_z), x, d_weight, PRECISION)
         of_bias += d_z
@@ -203,8 +212,8 @@ def backward(
     """d_x like x, d_weight [E,out,in], d_bias [E,out]; what is not asked for comes empty."""
     check_dtype("d_y", d_y)
     (n_nets, n_out, n_in), n_rows = weight.shape, x.shape[-2]
-    d_y, x, weight, y = (packed(v) for v in (d_y, x, weight, y))
-    flags = {"SHARED": x.dim() == 2, "RELU": relu}
+    d_y, x, weight = (packed(v) for v in (d_y, x, weight))
+    behind, shared = packed(y) if relu else None, x.dim() == 2
     d_x = x.new_empty(x.shape if to_x else 0)
     d_weight, d_bias = (weight.new_empty(v if to_weight else 0) for v in (weight.shape, weight.shape[:2]))
     if d_x.numel() > 0:
@@ -212,11 +221,11 @@ def backward(
         launch = linear_launch("bwd", precision, n_in, n_out, n_rows, n_own)
         grid = triton.cdiv(n_rows, launch["BLOCK_ROWS"]), triton.cdiv(n_in, launch["BLOCK_IN"]), n_own
         ensemble_linear_bwd_kernel[grid](
-            d_y, weight, y, d_x, None, n_rows, E=n_nets, FIRST=0, STEP=1, **flags, **launch
+            d_y, weight, behind, None, d_x, None, n_rows, E=n_nets, FIRST=0, STEP=1, SHARED=shared, **launch
         )
     if d_weight.numel() > 0:
         launch = linear_launch("gradient", precision, n_in, n_out, n_rows, n_nets)
-        _gradient(d_y, x, y, d_weight, d_bias, launch | flags)
+        _gradient(d_y, x, behind, d_weight, d_bias, launch | {"SHARED": shared})
     elif to_weight:  # of a layer that reads nothing, which has no tile of weights for a program to own
         d_bias.copy_((d_y * (y > 0) if relu else d_y).sum(1))
     return d_x, d_weight, d_bias
@@ -238,12 +247,13 @@ def forward_at(
 
 
 def backward_at(
-    d_y: Tensor, weights: Tensor, place: Tensor, y: Tensor | None, d_x: Tensor, precision: str,
+    d_y: Tensor, weights: Tensor, place: Tensor, x: Tensor | None, d_x: Tensor, precision: str,
     shared: range | None = None,
 ) -> None:  # fmt: skip
     """Writes d_x [M,B,in] from d_y [M,B,out]; with `shared`, d_x [B,in], a sum over these of the M networks.
 
-    weights and place as in `forward_at`. y [M or more,B,out] has a ReLU behind it; None: there is none.
+    weights and place as in `forward_at`. x [M or more,B,in]: a ReLU gave what the layer reads, and d_x is the gradient
+    in front of it, so that who reads it, several times, needs no x; None: there is no ReLU.
     """
     n_rows, n_out = d_y.shape[1:]
     n_in = d_x.shape[-1]
@@ -253,12 +263,14 @@ def backward_at(
         grid = triton.cdiv(n_rows, launch["BLOCK_ROWS"]), triton.cdiv(n_in, launch["BLOCK_IN"]), n_own
         of = range(1) if shared is None else shared
         ensemble_linear_bwd_kernel[grid](
-            d_y, weights, y, d_x, place, n_rows,
-            E=len(of), FIRST=of.start, STEP=of.step, SHARED=shared is not None, RELU=y is not None, **launch,
+            d_y, weights, None, x, d_x, place, n_rows,
+            E=len(of), FIRST=of.start, STEP=of.step, SHARED=shared is not None, **launch,
         )  # fmt: skip
 
 
-def _gradient(d_y: Tensor, x: Tensor, y: Tensor, d_weight: Tensor, d_bias: Tensor, launch: dict[str, Any]) -> None:
+def _gradient(
+    d_y: Tensor, x: Tensor, y: Tensor | None, d_weight: Tensor, d_bias: Tensor, launch: dict[str, Any]
+) -> None:
     (n_nets, n_out, n_in), n_rows = d_weight.shape, x.shape[-2]
     n_splits = max(1, triton.cdiv(n_rows, launch["SPLIT_ROWS"]))
     n_tiles = triton.cdiv(n_out, launch["BLOCK_OUT"]) * triton.cdiv(n_in, launch["BLOCK_IN"])

@@ -87,7 +87,7 @@ class RecordCalls(TorchDispatchMode):
         self.calls: list[Call] = []
         self._storages: dict[int, tuple[int, StorageWeakRef]] = {}  # by address, which a reference to it keeps
         self._n_storages = 0
-        self._tables: dict[int, list[Any]] = {}  # what each table of gradients says, by its storage
+        self._tables: dict[int, list[list[Any]]] = {}  # what each table of gradients says, by its storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -129,9 +129,9 @@ class RecordCalls(TorchDispatchMode):
             arguments["of_table"] = self._tables.get(self._noted(arguments["table_ptr"]).storage)
         self._note("ours", f"{kernel.fn.__name__} (Triton)", kernel, arguments, [], tuple(grid))
 
-    def keep_table(self, table: Tensor, gradients: list[Any]) -> None:
+    def keep_table(self, table: Tensor, passes: list[list[Any]]) -> None:
         """Note of what a table is, whose tensor holds nothing."""
-        self._tables[self._noted(table).storage] = gradients
+        self._tables[self._noted(table).storage] = passes
 
     def _note(
         self, kind: str, name: str, kernel: Any, arguments: dict[str, Any], results: list[Memory], grid: tuple[int, ...]
@@ -183,9 +183,9 @@ def pretended_gpu(recorder: RecordCalls) -> Iterator[None]:
 
     make_table = network_gradient.gradient_table
 
-    def table(like: Tensor, gradients: Sequence[Any], precision: str, n_rows: int) -> network_gradient.Table:
-        made = make_table(like, gradients, precision, n_rows)
-        recorder.keep_table(made.lines, list(gradients))
+    def table(like: Tensor, passes: Sequence[Sequence[Any]], precision: str, n_rows: int) -> network_gradient.Table:
+        made = make_table(like, passes, precision, n_rows)
+        recorder.keep_table(made.lines, [list(gradients) for gradients in passes])
         return made
 
     on_cpu, fake = torch.Generator, FakeTensorMode()  # which imports much that must see torch as it is

@@ -79,7 +79,7 @@ def split_base_bwd_kernel(
     d_positive = tl.zeros((BLOCK_ROWS, BLOCK_IN), d_f_ptr.dtype.element_ty)
     d_positive = linear_tile_backward(
         d_positive, d_y_ptr + gradient, None, row, inside, at_place(weights_ptr, place_ptr, net, 0, N_IN), feature,
-        N_IN, N_OUT, False, PRECISION, BLOCK_DEPTH,
+        N_IN, N_OUT, PRECISION, BLOCK_DEPTH,
     )  # fmt: skip
     d_positive = by_rows(d_positive)
     g = _task_row_at(parameters_ptr, task_place_ptr, net, task_ptr, row, inside, feature, exists, N_IN, T)

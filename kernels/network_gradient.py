@@ -1,4 +1,4 @@
-"""The gradients of all linear layers of a network in one launch, straight into the flat gradient
+"""The gradients of all linear layers of an update's networks in one launch, straight into the flat gradient
 (`d2r_fast.learning.layered`)."""
 
 from collections.abc import Sequence
@@ -9,50 +9,51 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2r_fast.kernels.ensemble_linear import TILES, tile_of
+from d2r_fast.kernels.ensemble_linear import TILES, Tile, tile_of
 from d2r_fast.kernels.settings import FUSED, check_dtype
-from d2r_fast.kernels.tiles import rounded_product
+from d2r_fast.kernels.tiles import load_tile, rounded_product
 from d2r_fast.ops.layer_gradients import Product, Sum
 
-# Of one warpgroup. Between what threads put into shared memory and wgmma's reads of it Triton 3.9 makes a fence behind
-# the barrier, not in front of it, for this kernel: with several warpgroups, one's products could be made before
-# another's threads are past theirs.
-_TILES = {
-    precision: [tile for tile in tiles if tile.num_warps <= 4 or precision == "float32"]
-    for precision, tiles in TILES.items()
+# In bf16 of one warpgroup. Between what threads put into shared memory and wgmma's reads of it Triton 3.9 makes a fence
+# behind the barrier, not in front of it, where the other operand is copied there: with several warpgroups, one's
+# products could be made before another's threads are past theirs. 8 warps, for 16 would spill.
+_TILES = TILES | {
+    "tf32": [Tile(128, 128, 32, 8, 3), *TILES["tf32"][1:]],
+    "bf16": [Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
 }
 N_COLUMNS = tl.constexpr(13)  # of the table: what `_lines` puts there
 
 
 @triton.jit
 def network_gradient_kernel(
-    act_ptr, x_ptr, d_z_ptr, d_out_ptr, gradient_ptr, table_ptr,
+    act_ptr, x_ptr, d_z_ptr, d_out_ptr, second_act_ptr, second_x_ptr, second_d_z_ptr, second_d_out_ptr,
+    gradient_ptr, table_ptr,
     N_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_DEPTH: tl.constexpr, SUM_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (lines of the table,); a program owns one tile of a weight's gradient, or BLOCK_OUT sums, over all rows:
-    layers of one update are some hundred tiles, which fill a device without splitting rows. Every number is summed in
-    one order, so that runs agree bitwise.
+    """Grid (lines of the table,); a program owns one tile of a weight's gradient, or BLOCK_OUT sums, over all rows of
+    either pass: layers of one update are some hundred large tiles, which fill a device without splitting rows. Every
+    number is summed in one order, so that runs agree bitwise.
 
     N_ROWS is a constant, for Triton 3.6's interpreter takes no tensor as the bound of a loop; a run has one.
     """
     table_ptr += tl.program_id(0) * N_COLUMNS
-    is_sum = tl.load(table_ptr) != 0
-    if tl.load(table_ptr + 1) != 0:
+    if tl.load(table_ptr) != 0:
+        act_ptr, x_ptr, d_z_ptr, d_out_ptr = second_act_ptr, second_x_ptr, second_d_z_ptr, second_d_out_ptr
+    is_sum = tl.load(table_ptr + 1) != 0
+    if tl.load(table_ptr + 2) != 0:
         d_z_ptr = d_out_ptr
-    d_z_at, n_out, y_at = tl.load(table_ptr + 2), tl.load(table_ptr + 3), tl.load(table_ptr + 4)
-    n_y = tl.where(y_at >= 0, n_out, 0)  # as wide as a ReLU's output, if there is one
-    y_at = tl.where(y_at >= 0, y_at, 0)
+    d_z_at, n_out = tl.load(table_ptr + 3), tl.load(table_ptr + 4)
     out = tl.load(table_ptr + 5) // BLOCK_OUT * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     to, to_stride = tl.load(table_ptr + 6), tl.load(table_ptr + 7)
     x_at, x_stride = tl.load(table_ptr + 9), tl.load(table_ptr + 10)
     first, n_summed = tl.load(table_ptr + 11), tl.load(table_ptr + 12)
     if is_sum:
-        total = tl.zeros((BLOCK_DEPTH, BLOCK_OUT), gradient_ptr.dtype.element_ty)
-        for start in range(0, N_ROWS, BLOCK_DEPTH):
+        total = tl.zeros((SUM_ROWS, BLOCK_OUT), gradient_ptr.dtype.element_ty)
+        for start in range(0, N_ROWS, SUM_ROWS):
             if start < n_summed:
-                own = start + tl.arange(0, BLOCK_DEPTH)
-                total += _load_d_z(d_z_ptr + d_z_at, act_ptr + y_at, first + own, own < n_summed, out, n_out, n_y)
+                own = start + tl.arange(0, SUM_ROWS)
+                total += load_tile(d_z_ptr + d_z_at, first + own, own < n_summed, out, n_out, n_out)
         tl.store(gradient_ptr + to + out * to_stride, tl.sum(total, 0), mask=out < n_out)
     else:
         feature = first // BLOCK_IN * BLOCK_IN + tl.arange(0, BLOCK_IN)
@@ -62,68 +63,54 @@ def network_gradient_kernel(
             if not outside:
                 x_ptr = act_ptr
             _layer_tile(
-                x_ptr, x_at, d_z_ptr, d_z_at, act_ptr, y_at, gradient_ptr, to,
-                out, feature, n_out, n_y, to_stride, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
+                x_ptr, x_at, d_z_ptr, d_z_at, gradient_ptr, to,
+                out, feature, n_out, to_stride, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
             )  # fmt: skip
         else:
             if outside:
                 _layer_tile(
-                    x_ptr, x_at, d_z_ptr, d_z_at, act_ptr, y_at, gradient_ptr, to,
-                    out, feature, n_out, n_y, to_stride, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
+                    x_ptr, x_at, d_z_ptr, d_z_at, gradient_ptr, to,
+                    out, feature, n_out, to_stride, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
                 )  # fmt: skip
             else:
                 _layer_tile(
-                    act_ptr, x_at, d_z_ptr, d_z_at, act_ptr, y_at, gradient_ptr, to,
-                    out, feature, n_out, n_y, to_stride, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
+                    act_ptr, x_at, d_z_ptr, d_z_at, gradient_ptr, to,
+                    out, feature, n_out, to_stride, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
                 )  # fmt: skip
 
 
 @triton.jit
 def _layer_tile(
-    x_ptr, x_at, d_z_ptr, d_z_at, y_ptr, y_at, to_ptr, to, out, feature, n_out, n_y, n_in, x_stride,
+    x_ptr, x_at, d_z_ptr, d_z_at, to_ptr, to, out, feature, n_out, n_in, x_stride,
     N_ROWS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Accesses are wide where rows begin at multiples of 16 bytes, and the compiler knows it."""
-    WIDE: tl.constexpr = 128 // min(
-        x_ptr.dtype.element_ty.primitive_bitwidth, y_ptr.dtype.element_ty.primitive_bitwidth
-    )
+    WIDE: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     if (n_out % WIDE == 0) & (n_in % WIDE == 0) & (x_stride % WIDE == 0):
         _weight_tile(
-            x_ptr + x_at // WIDE * WIDE, d_z_ptr + d_z_at // WIDE * WIDE, y_ptr + y_at // WIDE * WIDE,
-            to_ptr + to // WIDE * WIDE, out, feature, n_out // WIDE * WIDE, n_y // WIDE * WIDE, n_in // WIDE * WIDE,
-            x_stride // WIDE * WIDE, N_ROWS, PRECISION, BLOCK_DEPTH,
+            x_ptr + x_at // WIDE * WIDE, d_z_ptr + d_z_at // WIDE * WIDE, to_ptr + to // WIDE * WIDE, out, feature,
+            n_out // WIDE * WIDE, n_in // WIDE * WIDE, x_stride // WIDE * WIDE, N_ROWS, PRECISION, BLOCK_DEPTH,
         )  # fmt: skip
     else:
         _weight_tile(
-            x_ptr + x_at, d_z_ptr + d_z_at, y_ptr + y_at, to_ptr + to,
-            out, feature, n_out, n_y, n_in, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
+            x_ptr + x_at, d_z_ptr + d_z_at, to_ptr + to,
+            out, feature, n_out, n_in, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
         )  # fmt: skip
 
 
 @triton.jit
 def _weight_tile(
-    x_ptr, d_z_ptr, y_ptr, to_ptr, out, feature, n_out, n_y, n_in, x_stride,
+    x_ptr, d_z_ptr, to_ptr, out, feature, n_out, n_in, x_stride,
     N_ROWS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros((out.shape[0], feature.shape[0]), to_ptr.dtype.element_ty)
     for start in range(0, N_ROWS, BLOCK_DEPTH):
         row = (start + tl.arange(0, BLOCK_DEPTH)).to(tl.int64)
-        d_z = _load_d_z(d_z_ptr, y_ptr, row, row < N_ROWS, out, n_out, n_y)
-        mask = (row < N_ROWS)[:, None] & (feature < n_in)[None, :]
-        x = tl.load(x_ptr + (row * x_stride)[:, None] + feature[None, :], mask=mask, other=0.0)
+        d_z = load_tile(d_z_ptr, row, row < N_ROWS, out, n_out, n_out)
+        x = load_tile(x_ptr, row, row < N_ROWS, feature, n_in, x_stride)
         total = rounded_product(tl.trans(d_z), x, total, PRECISION)
     mask = (out < n_out)[:, None] & (feature < n_in)[None, :]
     tl.store(to_ptr + (out * n_in)[:, None] + feature[None, :], total, mask=mask)
-
-
-@triton.jit
-def _load_d_z(d_z_ptr, y_ptr, row, inside, out, n_out, n_y):
-    """The gradient in front of the layer's ReLU, [rows,outs]; 0 where there is none."""
-    at = (row * n_out)[:, None] + out[None, :]
-    d_z = tl.load(d_z_ptr + at, mask=inside[:, None] & (out < n_out)[None, :], other=0.0)
-    y = tl.load(y_ptr + at, mask=inside[:, None] & (out < n_y)[None, :], other=0.0)
-    y = y.to(d_z.dtype)  # the interpreter compares a bfloat16's bits
-    return tl.where((y > 0) | (n_y == 0), d_z, 0.0)
 
 
 class Table(NamedTuple):
@@ -138,24 +125,27 @@ class Table(NamedTuple):
 def gradient_launch(gradients: Sequence[Product | Sum], precision: str, n_rows: int) -> dict[str, Any]:
     """Constants and options of the kernel."""
     tile = tile_of(precision, [(g.d_z.width, g.n_in) for g in gradients if isinstance(g, Product)], _TILES)
-    blocks = {"BLOCK_OUT": tile.first, "BLOCK_IN": tile.second, "BLOCK_DEPTH": tile.depth}
+    blocks = {"BLOCK_OUT": tile.first, "BLOCK_IN": tile.second, "BLOCK_DEPTH": tile.depth, "SUM_ROWS": 4 * tile.depth}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | FUSED
     return {"N_ROWS": n_rows, "PRECISION": precision} | blocks | options
 
 
-def gradient_table(like: Tensor, gradients: Sequence[Product | Sum], precision: str, n_rows: int) -> Table:
-    """A program for each tile of these gradients, on the device of `like`; products first, which take longer."""
-    launch = gradient_launch(gradients, precision, n_rows)
-    of_products = [line for g in gradients if isinstance(g, Product) for line in _lines(g, launch, n_rows)]
-    of_sums = [line for g in gradients if isinstance(g, Sum) for line in _lines(g, launch, n_rows)]
-    return Table(torch.tensor(of_products + of_sums, dtype=torch.int64).to(like.device), launch)
+def gradient_table(like: Tensor, passes: Sequence[Sequence[Product | Sum]], precision: str, n_rows: int) -> Table:
+    """A program for each tile of the gradients of one pass or two, on the device of `like`; products first, which take
+    longer."""
+    launch = gradient_launch([g for gradients in passes for g in gradients], precision, n_rows)
+    lines: dict[type, list[tuple[int, ...]]] = {Product: [], Sum: []}
+    for number, gradients in enumerate(passes):
+        for g in gradients:
+            lines[type(g)] += [(number, *line) for line in _lines(g, launch, n_rows)]
+    return Table(torch.tensor(lines[Product] + lines[Sum], dtype=torch.int64).to(like.device), launch)
 
 
 def _lines(g: Product | Sum, launch: dict[str, Any], n_rows: int) -> list[tuple[int, ...]]:
     z = g.d_z
     lines: list[tuple[int, ...]] = []
     for out in range(0, z.width, launch["BLOCK_OUT"]):
-        head = isinstance(g, Sum), z.outside, z.at, z.width, z.y_at, out, g.to
+        head = isinstance(g, Sum), z.outside, z.at, z.width, out, g.to
         if isinstance(g, Sum):
             lines.append((*head, g.stride, 0, 0, 0, g.first_row, g.n_rows))
         else:
@@ -164,12 +154,12 @@ def _lines(g: Product | Sum, launch: dict[str, Any], n_rows: int) -> list[tuple[
     return lines
 
 
-def network_gradient(act: Tensor, x: Tensor, d_z: Tensor, d_out: Tensor, gradient: Tensor, table: Table) -> None:
-    """Writes to the flat gradient what `table` says.
+def network_gradient(gradient: Tensor, table: Table, passes: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
+    """Writes to the flat gradient what `table` says of one pass or two, of each of which there are
 
-    act, d_z  buffers of what layers read and gave, which may be bfloat16 where products are, and of gradients in front
-              of layers
-    x, d_out  what the first layer reads, and the gradient of what the last gives
+    act, x     what its layers read: a buffer, which may be bfloat16 where products are, and what the first one reads
+    d_z, d_out the gradients of what they give, in front of their ReLU: a buffer, and that of what the last one gives
     """
-    check_dtype("d_out", d_out)
-    network_gradient_kernel[(len(table.lines),)](act, x, d_z, d_out, gradient, table.lines, **table.launch)
+    first, second = passes[0], passes[-1]
+    check_dtype("d_out", first[-1])
+    network_gradient_kernel[(len(table.lines),)](*first, *second, gradient, table.lines, **table.launch)

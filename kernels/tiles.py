@@ -111,13 +111,20 @@ def load_tile(ptr, first, exists, second, width, stride):
 
 
 @triton.jit
-def load_d_z(d_y_ptr, y_ptr, row, inside, out, N_OUT: tl.constexpr, RELU: tl.constexpr):
-    """The gradient in front of the ReLU, [rows,outs]: d_y where y is above 0; both [B,out]."""
+def load_d_z(d_y_ptr, y_ptr, row, inside, out, N_OUT: tl.constexpr):
+    """The gradient in front of the ReLU that gave y, [rows,outs]: d_y where y is above 0; both [B,out]. None: there is
+    no ReLU."""
     d_z = load_tile(d_y_ptr, row, inside, out, N_OUT, N_OUT)
-    if RELU:
-        y = load_tile(y_ptr, row, inside, out, N_OUT, N_OUT).to(d_z.dtype)  # the interpreter compares a bfloat16's bits
-        d_z = tl.where(y > 0, d_z, 0.0)
+    if y_ptr is not None:
+        d_z = in_front_of_relu(d_z, y_ptr, row, inside, out, N_OUT)
     return d_z
+
+
+@triton.jit
+def in_front_of_relu(d_y, y_ptr, row, inside, col, WIDTH: tl.constexpr):
+    """d_y, rows and columns of a gradient [B,WIDTH], where the ReLU's output y is above 0; else 0."""
+    y = load_tile(y_ptr, row, inside, col, WIDTH, WIDTH).to(d_y.dtype)  # the interpreter compares a bfloat16's bits
+    return tl.where(y > 0, d_y, 0.0)
 
 
 @triton.jit
@@ -138,12 +145,12 @@ def linear_tile(
 @triton.jit
 def linear_tile_backward(
     d_x, d_y_ptr, y_ptr, row, inside, weight_ptr, feature, n_in,
-    N_OUT: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+    N_OUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """d_x + d_z W of some rows and input features, [rows,ins]; d_z from d_y and y as `load_d_z`."""
     for start in range(0, N_OUT, BLOCK_DEPTH):
         out = start + tl.arange(0, BLOCK_DEPTH)
-        d_z = load_d_z(d_y_ptr, y_ptr, row, inside, out, N_OUT, RELU)
+        d_z = load_d_z(d_y_ptr, y_ptr, row, inside, out, N_OUT)
         weight = load_tile(weight_ptr, out, out < N_OUT, feature, n_in, n_in)
         d_x = rounded_product(d_z, weight, d_x, PRECISION)
     return d_x

@@ -23,7 +23,7 @@ from d2r_fast.kernels.routed_modules import walk, walk_back
 from d2r_fast.kernels.select_routes import choose, route_launch, unchoose
 from d2r_fast.kernels.settings import FUSED, check_dtype
 from d2r_fast.kernels.squashed_normal import act, act_back
-from d2r_fast.kernels.tiles import linear_tile, linear_tile_backward, load_tile, rounded_product
+from d2r_fast.kernels.tiles import in_front_of_relu, linear_tile, linear_tile_backward, load_tile, rounded_product
 
 GREEDY, SAMPLED, GIVEN = 0, 1, 2
 """How a member chooses routes."""
@@ -43,11 +43,11 @@ def layer_names(n_hidden: int) -> list[str]:
 
 def kept_names(n_hidden: int) -> list[str]:
     """What forward leaves, in the order of the columns behind the layers': where each [B,width] begins. base1 is f."""
-    return ["base0", "base1", "scaled", "opened", *(f"route{i}" for i in range(n_hidden + 1)), "module0", "mixed"]
+    return ["base0", "base1", "scaled", "opened", *(f"route{i}" for i in range(n_hidden + 1)), "mixed"]
 
 
 def gradient_names(n_hidden: int) -> list[str]:
-    """What backward leaves, behind those: the gradient of what each layer gives, in front of no ReLU yet."""
+    """What backward leaves, behind those: the gradient of what each layer gives, in front of its ReLU."""
     return ["base0", "base1", "task", *(f"route{i}" for i in range(n_hidden + 1)), "module0", "head"]
 
 
@@ -81,13 +81,13 @@ def _outputs(
 
 @triton.jit
 def _inputs(
-    d_y_ptr, y_ptr, weight_ptr, row, inside, feature, n_in,
-    N_OUT: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+    d_y_ptr, weight_ptr, row, inside, feature, n_in,
+    N_OUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """d_y W of some inputs, with d_y counting where y is above 0 if RELU."""
+    """d_y W of some inputs."""
     d_x = tl.zeros((row.shape[0], feature.shape[0]), weight_ptr.dtype.element_ty)
     return linear_tile_backward(
-        d_x, d_y_ptr, y_ptr, row, inside, weight_ptr, feature, n_in, N_OUT, RELU, PRECISION, BLOCK_DEPTH
+        d_x, d_y_ptr, None, row, inside, weight_ptr, feature, n_in, N_OUT, PRECISION, BLOCK_DEPTH
     )
 
 
@@ -116,14 +116,15 @@ def _layer(
 
 @triton.jit
 def _layer_back(
-    d_y_ptr, y_ptr, weight_ptr, d_x_ptr, row, inside,
-    N_IN: tl.constexpr, N_OUT: tl.constexpr, RELU: tl.constexpr,
+    d_y_ptr, weight_ptr, x_ptr, d_x_ptr, row, inside,
+    N_IN: tl.constexpr, N_OUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of what one linear layer of a tile reads, written and awaited."""
+    """The gradient of x, which a ReLU gave and a linear layer of a tile reads, in front of it; written and awaited."""
     for first in range(0, N_IN, BLOCK_OUT):
         feature = first + tl.arange(0, BLOCK_OUT)
-        d_x = _inputs(d_y_ptr, y_ptr, weight_ptr, row, inside, feature, N_IN, N_OUT, RELU, PRECISION, BLOCK_DEPTH)
+        d_x = _inputs(d_y_ptr, weight_ptr, row, inside, feature, N_IN, N_OUT, PRECISION, BLOCK_DEPTH)
+        d_x = in_front_of_relu(d_x, x_ptr, row, inside, feature, N_IN)
         mask = inside[:, None] & (feature < N_IN)[None, :]
         tl.store(d_x_ptr + (row * N_IN)[:, None] + feature[None, :], d_x, mask=mask)
     tl.debug_barrier()
@@ -211,7 +212,6 @@ def whole_network_fwd_kernel(
     MODULES: tl.constexpr = LAYERS + 2 * (4 + N_HIDDEN)
     h_ptr += number * N * n_rows * D
     opened_ptr += number * N * n_rows * D
-    module0_ptr = kept_ptr + _at(line_ptr, KEPT + 5 + N_HIDDEN, D)
     col = tl.arange(0, BLOCK_D)
     h0 = _outputs(
         positive_ptr, H, H, parameters_ptr + _at(line_ptr, MODULES, H), parameters_ptr + _at(line_ptr, MODULES + 1, D),
@@ -219,7 +219,6 @@ def whole_network_fwd_kernel(
     )  # fmt: skip
     h0 = _open(h0)
     at, mask = (row * D)[:, None] + col[None, :], inside[:, None] & (col < D)[None, :]
-    tl.store(module0_ptr + at, h0, mask=mask)
     tl.store(h_ptr + at, h0, mask=mask)
     tl.debug_barrier()
     active = tl.load(active_ptr + row, mask=inside, other=0)
@@ -228,7 +227,7 @@ def whole_network_fwd_kernel(
         index_ptr, gate_ptr, opened_ptr, row * (N * K), row, inside, active, n_rows,
         N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_ROWS, min(BLOCK_DEPTH, BLOCK_D),
     )  # fmt: skip
-    mixed_ptr = kept_ptr + _at(line_ptr, KEPT + 6 + N_HIDDEN, D)
+    mixed_ptr = kept_ptr + _at(line_ptr, KEPT + 5 + N_HIDDEN, D)
     tl.store(mixed_ptr + at, mixed, mask=mask)
     tl.debug_barrier()
     n_out = tl.load(line_ptr + _N_OUT)
@@ -271,7 +270,7 @@ def whole_network_bwd_kernel(
     N_HIDDEN: tl.constexpr = len(WIDTHS) - 2
     LAYERS: tl.constexpr = _N_FIXED
     KEPT: tl.constexpr = LAYERS + 2 * (7 + N_HIDDEN)
-    GRADIENTS: tl.constexpr = KEPT + 7 + N_HIDDEN
+    GRADIENTS: tl.constexpr = KEPT + 6 + N_HIDDEN
     MODULES: tl.constexpr = LAYERS + 2 * (4 + N_HIDDEN)
 
     # The head's gradient is kept among the others, where that of its weight is made of them.
@@ -298,13 +297,14 @@ def whole_network_bwd_kernel(
     gate_ptr += number * n_rows * N * K
     flow_ptr += number * n_rows * N * K
     active_ptr += number * n_rows
+    h_ptr += number * N * n_rows * D
     d_gate_ptr += back * n_rows * N * K
     to_relu_ptr += back * N * n_rows * D
     if RESIDUAL:
         to_residual_ptr += back * N * n_rows * D
     active = tl.load(active_ptr + row, mask=inside, other=0)
     walk_back(
-        d_mixed, h_ptr + number * N * n_rows * D, parameters_ptr + _at(line_ptr, MODULES + 2, D),
+        d_mixed, h_ptr, parameters_ptr + _at(line_ptr, MODULES + 2, D),
         opened_ptr + number * N * n_rows * D, index_ptr, gate_ptr, flow_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr,
         row * (N * K), row, inside, active, n_rows,
         N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_ROWS, min(BLOCK_DEPTH, BLOCK_D),
@@ -312,7 +312,8 @@ def whole_network_bwd_kernel(
     tl.debug_barrier()
     module0_ptr = d_z_ptr + _at(line_ptr, GRADIENTS + 4 + N_HIDDEN, D)
     at, mask = (row * D)[:, None] + col[None, :], inside[:, None] & (col < D)[None, :]
-    tl.store(module0_ptr + at, tl.load(to_relu_ptr + at, mask=mask, other=0.0), mask=mask)
+    d_h0 = tl.load(to_relu_ptr + at, mask=mask, other=0.0)
+    tl.store(module0_ptr + at, in_front_of_relu(d_h0, h_ptr, row, inside, col, D), mask=mask)
     last_ptr = d_z_ptr + _at(line_ptr, GRADIENTS + 3 + N_HIDDEN, WIDTHS[N_HIDDEN + 1])
     for part in range(0, BLOCK_ROWS, BLOCK_CHOOSING):
         own = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + part + tl.arange(0, BLOCK_CHOOSING)
@@ -324,12 +325,12 @@ def whole_network_bwd_kernel(
 
     d_y_ptr = last_ptr
     for j in tl.static_range(N_HIDDEN):
-        # From layer N_HIDDEN - j, which reads WIDTHS[N_HIDDEN - j]; behind the last there is no ReLU.
+        # From layer N_HIDDEN - j, which reads WIDTHS[N_HIDDEN - j].
         d_before_ptr = d_z_ptr + _at(line_ptr, GRADIENTS + 2 + N_HIDDEN - j, WIDTHS[N_HIDDEN - j])
         _layer_back(
-            d_y_ptr, kept_ptr + _at(line_ptr, KEPT + 4 + N_HIDDEN - j, WIDTHS[N_HIDDEN - j + 1]),
-            parameters_ptr + _at(line_ptr, LAYERS + 6 + 2 * (N_HIDDEN - j), WIDTHS[N_HIDDEN - j]), d_before_ptr,
-            row, inside, WIDTHS[N_HIDDEN - j], WIDTHS[N_HIDDEN - j + 1], j > 0, PRECISION, BLOCK_OUT, BLOCK_DEPTH,
+            d_y_ptr, parameters_ptr + _at(line_ptr, LAYERS + 6 + 2 * (N_HIDDEN - j), WIDTHS[N_HIDDEN - j]),
+            kept_ptr + _at(line_ptr, KEPT + 3 + N_HIDDEN - j, WIDTHS[N_HIDDEN - j]), d_before_ptr,
+            row, inside, WIDTHS[N_HIDDEN - j], WIDTHS[N_HIDDEN - j + 1], PRECISION, BLOCK_OUT, BLOCK_DEPTH,
         )  # fmt: skip
         d_y_ptr = d_before_ptr
 
@@ -339,12 +340,12 @@ def whole_network_bwd_kernel(
     for first in range(0, H, BLOCK_OUT):
         feature = first + tl.arange(0, BLOCK_OUT)
         d_scaled = _inputs(
-            d_y_ptr, kept_ptr + _at(line_ptr, KEPT + 4, WIDTHS[1]), parameters_ptr + _at(line_ptr, LAYERS + 6, H),
-            row, inside, feature, H, WIDTHS[1], N_HIDDEN > 0, PRECISION, BLOCK_DEPTH,
+            d_y_ptr, parameters_ptr + _at(line_ptr, LAYERS + 6, H), row, inside, feature, H, WIDTHS[1],
+            PRECISION, BLOCK_DEPTH,
         )  # fmt: skip
         d_positive = _inputs(
-            module0_ptr, kept_ptr + _at(line_ptr, KEPT + 5 + N_HIDDEN, D), parameters_ptr + _at(line_ptr, MODULES, H),
-            row, inside, feature, H, D, True, PRECISION, min(BLOCK_DEPTH, BLOCK_D),
+            module0_ptr, parameters_ptr + _at(line_ptr, MODULES, H), row, inside, feature, H, D,
+            PRECISION, min(BLOCK_DEPTH, BLOCK_D),
         )  # fmt: skip
         f = load_tile(f_ptr, row, inside, feature, H, H)
         g = task_row(
@@ -358,15 +359,15 @@ def whole_network_bwd_kernel(
 
     d_base0_ptr, base0_ptr = d_z_ptr + _at(line_ptr, GRADIENTS, H), kept_ptr + _at(line_ptr, KEPT, H)
     _layer_back(
-        d_f_ptr, f_ptr, parameters_ptr + _at(line_ptr, LAYERS + 2, H), d_base0_ptr, row, inside,
-        H, H, False, PRECISION, BLOCK_OUT, BLOCK_DEPTH,
+        d_f_ptr, parameters_ptr + _at(line_ptr, LAYERS + 2, H), base0_ptr, d_base0_ptr, row, inside,
+        H, H, PRECISION, BLOCK_OUT, BLOCK_DEPTH,
     )  # fmt: skip
     d_x_at = tl.load(line_ptr + _D_X_AT)
     if d_x_at >= 0:
         feature = tl.arange(0, BLOCK_IN)
         d_x = _inputs(
-            d_base0_ptr, base0_ptr, parameters_ptr + tl.load(line_ptr + LAYERS), row, inside, feature, n_in,
-            H, True, PRECISION, BLOCK_DEPTH,
+            d_base0_ptr, parameters_ptr + tl.load(line_ptr + LAYERS), row, inside, feature, n_in,
+            H, PRECISION, BLOCK_DEPTH,
         )  # fmt: skip
         mask_x = inside[:, None] & (feature < n_in)[None, :]
         tl.store(d_x_ptr + d_x_at + (row * n_in)[:, None] + feature[None, :], d_x, mask=mask_x)

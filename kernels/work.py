@@ -126,8 +126,9 @@ def _linear_bwd(call: Call) -> Work:
     depth = _blocks(n_out, a["BLOCK_DEPTH"]) * (n_nets // n_own)
     gradient = n_nets * n_rows * n_out
     accesses = _numbers(a["d_y_ptr"], gradient, n_in_tiles)
-    accesses += _numbers(a["y_ptr"], gradient, n_in_tiles) if a["RELU"] else []
+    accesses += _part(a["y_ptr"], gradient * FLOAT, n_in_tiles)
     accesses += _numbers(a["weight_ptr"], n_nets * n_in * n_out, n_row_tiles)
+    accesses += _numbers(a["x_ptr"], n_own * n_rows * n_in) if a["x_ptr"] is not None else []
     accesses += _numbers(a["d_x_ptr"], n_own * n_rows * n_in, written=True)
     flop = 2.0 * prod(call.grid) * a["BLOCK_ROWS"] * a["BLOCK_IN"] * depth
     chunks = depth // a["BLOCK_DEPTH"]
@@ -148,34 +149,42 @@ def _split_base(call: Call) -> Work:
 def _split_base_bwd(call: Call) -> Work:
     """The gradient through a linear layer, which stays in registers, and what it meets."""
     a = call.arguments
-    linear = a | {"SHARED": False, "RELU": False, "weight_ptr": a["weights_ptr"], "d_x_ptr": a["d_f_ptr"]}
+    linear = a | {"SHARED": False, "weight_ptr": a["weights_ptr"], "d_x_ptr": a["d_f_ptr"]}
+    linear |= {"y_ptr": None, "x_ptr": None}
     work, n_bytes = _linear_bwd(call._replace(arguments=linear)), a["d_g_ptr"].n_bytes
     others = _part(a["d_scaled_ptr"], n_bytes) + _part(a["f_ptr"], n_bytes) + _part(a["d_g_ptr"], n_bytes, written=True)
     return work._replace(accesses=work.accesses + others, loads=work.loads + 2)
 
 
 def _network_gradient(call: Call) -> Work:
-    """Tiles of products, and sums; both read the output behind d_z where a ReLU is."""
+    """Tiles of products, and sums, of either pass."""
     a = call.arguments
     depth, n_tiles, of_act = _blocks(a["N_ROWS"], a["BLOCK_DEPTH"]), 0, a["act_ptr"].dtype.itemsize
-    d_z = act = d_z_traffic = act_traffic = written = 0.0
-    for g in a["of_table"]:
-        is_product = isinstance(g, Product)
-        n_rows, width = (a["N_ROWS"], g.n_in) if is_product else (g.n_rows, 0)
-        gradient, behind = g.d_z.width * n_rows * FLOAT, g.d_z.width * n_rows * of_act * (g.d_z.y_at >= 0)
-        times = ceil(width / a["BLOCK_IN"]) if is_product else 1
-        d_z_traffic += gradient * times
-        act_traffic += behind * times + width * n_rows * of_act * ceil(g.d_z.width / a["BLOCK_OUT"])
-        written += g.d_z.width * max(width, 1) * FLOAT
-        if is_product:  # what a product reads, the sums of its rows read as well
-            d_z, act = d_z + gradient, act + behind + width * n_rows * of_act
-            n_tiles += ceil(g.d_z.width / a["BLOCK_OUT"]) * times
-    accesses = [Access(a["d_z_ptr"], min(d_z, a["d_z_ptr"].n_bytes), d_z_traffic, False)]
-    accesses += [Access(a["act_ptr"], min(act, a["act_ptr"].n_bytes), act_traffic, False)]
+    accesses, written, sums = [], 0.0, []
+    for gradients, which in zip(a["of_table"], ("", "second_"), strict=False):
+        d_z = act = d_z_traffic = act_traffic = 0.0
+        for g in gradients:
+            is_product = isinstance(g, Product)
+            n_rows, width = (a["N_ROWS"], g.n_in) if is_product else (g.n_rows, 0)
+            gradient, read = g.d_z.width * n_rows * FLOAT, width * n_rows * of_act
+            times = ceil(width / a["BLOCK_IN"]) if is_product else 1
+            d_z_traffic += gradient * times
+            act_traffic += read * ceil(g.d_z.width / a["BLOCK_OUT"])
+            written += g.d_z.width * max(width, 1) * FLOAT
+            if is_product:  # what a product reads, the sums of its rows read as well
+                d_z, act = d_z + gradient, act + read
+                n_tiles += ceil(g.d_z.width / a["BLOCK_OUT"]) * times
+            else:
+                sums += [1 + n_rows / a["SUM_ROWS"]] * ceil(g.d_z.width / a["BLOCK_OUT"])
+        for name, n_bytes, traffic in (("d_z_ptr", d_z, d_z_traffic), ("act_ptr", act, act_traffic)):
+            memory = a[which + name]
+            accesses.append(Access(memory, min(n_bytes, memory.n_bytes), traffic, False))
     accesses += _part(a["gradient_ptr"], written, written=True)
     flop = 2.0 * n_tiles * a["BLOCK_OUT"] * a["BLOCK_IN"] * depth
     chunks = depth // a["BLOCK_DEPTH"]
-    return Work(accesses, flop, loads=3, chunks=chunks, depth=depth)
+    # A step of a sum, which waits for what it loads, takes about as long as a chunk of a product.
+    programs = [1.0] * n_tiles + [n_steps / (1 + chunks) for n_steps in sums]
+    return Work(accesses, flop, loads=3, chunks=chunks, depth=depth, programs=tuple(programs))
 
 
 class Shares(NamedTuple):

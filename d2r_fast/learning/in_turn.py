@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from d2r_fast.config import SacConfig
-from d2r_fast.learning.passes import Network, Pass
+from d2r_fast.learning.passes import Network, Pass, finish_gradients
 from d2r_fast.nets.agent import Agent
 from d2r_fast.nets.d2r import GREEDY, RouteChoice
 from d2r_fast.ops.replay_rows import ReplayRows
@@ -45,6 +45,7 @@ class InTurn:
         value, target_q = self._critics.forward_beside(acted, task[:n], critic_choice, n, self._targets, after)
         q, target_q = value.out[..., 0], target_q[..., 0]
         value.backward(self._losses(rows, q, torch.zeros_like(q), target_q, logp).d_q[:, :n, None])
+        finish_gradients(value)
         self._step("critics")
 
         best = self._critics.forward(now, task[:n], GREEDY, n_back=n)
@@ -74,6 +75,7 @@ class InTurn:
         value, target_q = self._critics.forward_beside(acted, task[:n], critic_choice, n, self._targets, after)
         later = self._losses(rows, value.out[..., 0], of_now, target_q[..., 0], torch.cat([logp, next_logp]))
         value.backward(later.d_q[:, :n, None])
+        finish_gradients(value)
         self._step("critics")
         loss.losses[2] = later.losses[2]
         return loss.losses
@@ -96,3 +98,4 @@ class InTurn:
         actions = rows.x[1][:, n_obs:]
         d_policy = squash_backward(d_now[:, n_obs:], loss.d_logp, policy.out[0, :n], noise[:n], actions)
         policy.backward(d_policy[None])
+        finish_gradients(policy)

@@ -5,6 +5,7 @@ their targets beside them, are six members of one pass. What the layers read and
 gradients in another, so that a table made once can say which products are the parameters' gradients: one launch.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ class Plan:
                     all as well or, of a single network, the first ones
     own             where in `flat.all` the networks' parameters lie
     place           by layer: where each member's weight, bias and rows begin, [M,3] int64
-    table           of the gradients of all layers but the modules; None: there is no backward
+    gradients       of all layers but the modules; none if there is no backward
     """
 
     def __init__(self, flat: FlatParameters, nets: list[tuple[RoutedNetwork, Tensor]], n_rows: int, n_back: int):
@@ -94,7 +95,16 @@ class Plan:
         )
         places = {name: torch.tensor([self._place(m, name) for m in self.members]) for name in self.layers}
         self.place = {name: place.to(x.device) for name, place in places.items()}
-        self.table = self._gradient_table(flat, *nets[0]) if n_back else None
+        self.precision = cfg.precision
+        self.gradients: list[Product | Sum] = self._gradients(flat, *nets[0]) if n_back else []
+        self._tables: dict[tuple[Plan, ...], Any] = {}
+
+    def table_with(self, others: tuple["Plan", ...], like: Tensor) -> Any:
+        """What a launch computes for the gradients of this and others, of as many rows; made once."""
+        if others not in self._tables:
+            passes = [plan.gradients for plan in (self, *others)]
+            self._tables[others] = _gradient_table(like, passes, self.precision, self.n_rows)
+        return self._tables[others]
 
     def _place(self, member: Member, name: str) -> list[int]:
         weight, bias = _layers_of(member.net)[name]
@@ -102,12 +112,11 @@ class Plan:
         own = self.members.index(member) * self.n_rows * weight.shape[-1]
         return [*of_layer, member.x_at if name == "base0" else own]
 
-    def _gradient_table(self, flat: FlatParameters, net: RoutedNetwork, x: Tensor) -> Any:
+    def _gradients(self, flat: FlatParameters, net: RoutedNetwork, x: Tensor) -> list[Product | Sum]:
         """Of the first set of every network: parameters are constant for the others."""
         reads = {"base1": "base0", "module0": "opened", "head": "mixed", "route0": "scaled"}
         reads |= {f"route{i}": f"route{i - 1}" for i in range(1, len(net.route))}
-        with_relu = {"base0", *(f"route{i}" for i in range(len(net.route) - 1))}
-        gradients: list[Any] = []
+        gradients: list[Product | Sum] = []
         for number in range(net.n_nets):
             member, back = number * self.n_sets, number * self.n_back
             for name, (weight, bias) in self.layers.items():
@@ -116,8 +125,7 @@ class Plan:
                 n_out, n_in = weight.shape[-2:]
                 to_weight, to_bias = (flat.place(p) + number * p[0].numel() for p in (weight, bias))
                 at = back * self.n_rows * n_out if name == "head" else self.d_z.at(name, back)
-                y_at = self.kept.at(name, member) if name in with_relu else -1
-                d_z = Rows(name == "head", at, n_out, y_at)
+                d_z = Rows(name == "head", at, n_out)
                 gradients.append(Sum(d_z, 0, self.n_rows, to_bias, 1))
                 if name == "task":  # its product with the one-hot tasks: of rows in task order, a sum a task
                     n = self.n_rows // net.n_tasks
@@ -126,7 +134,7 @@ class Plan:
                     gradients.append(Product(d_z, True, self.members[member].x_at, x.stride(0), n_in, to_weight))
                 else:
                     gradients.append(Product(d_z, False, self.kept.at(reads[name], member), n_in, n_in, to_weight))
-        return _gradient_table(x, gradients, net.cfg.precision, self.n_rows)
+        return gradients
 
 
 class LayeredPass:
@@ -178,6 +186,8 @@ class LayeredPass:
         self.out_beside = out[own:].view(net.n_nets, -1, out.shape[-1])
 
     def backward(self, d_out: Tensor) -> Tensor | None:
+        """As `Pass.backward`; but of the parameters the modules' alone get their gradient, the others by
+        `write_gradients`."""
         plan, flat, kept, place = self._plan, self._flat, self._kept, self._plan.place
         net = plan.members[0].net
         cfg, n, precision = net.cfg, plan.n_rows, net.cfg.precision
@@ -189,8 +199,9 @@ class LayeredPass:
         def fresh(width: int) -> Tensor:
             return d_out.new_empty(n_members, n, width)
 
-        def to_input(name: str, d_y: Tensor, d_x: Tensor, y: Tensor | None = None) -> Tensor:
-            _linear_backward(d_y, self._weights, place[name], y, d_x, precision)
+        def to_input(name: str, d_y: Tensor, d_x: Tensor, x: Tensor | None = None) -> Tensor:
+            """x: a ReLU gave what the layer reads, and d_x is in front of it."""
+            _linear_backward(d_y, self._weights, place[name], x, d_x, precision)
             return d_x
 
         d_mixed = to_input("head", d_out, fresh(cfg.module_width))
@@ -200,30 +211,40 @@ class LayeredPass:
             *(self._order, d_z["module0"], d_gate, True),
         )
         index, gate, _, active = self._routes
-        _modules_gradient(
-            *(adjoint, self._opened, self._h, index, gate, active, precision),
-            *(flat.view(flat.gradient, parameter) for parameter in plan.layers["modules"]),
-        )
+        if self._learns:
+            _modules_gradient(
+                *(adjoint, self._opened, self._h, index, gate, active, precision),
+                *(flat.view(flat.gradient, parameter) for parameter in plan.layers["modules"]),
+            )
         last = len(cfg.route_widths)
         _select_routes_backward(d_gate, index, gate, active, d_z[f"route{last}"])
         for i in range(last, 0, -1):
             name, before = f"route{i}", f"route{i - 1}"
-            to_input(name, d_z[name], d_z[before], kept.get(name))
-        d_scaled = to_input("route0", d_z["route0"], fresh(cfg.base_width), kept["route0"])
+            to_input(name, d_z[name], d_z[before], kept[before])
+        d_scaled = to_input("route0", d_z["route0"], fresh(cfg.base_width))
         _split_base_backward(
             *(d_z["module0"], self._weights, place["module0"], d_scaled, self._f, self._all, place["task"]),
             *(self._task, net.n_tasks, d_z["base1"], d_z["task"], precision),
         )
-        to_input("base1", d_z["base1"], d_z["base0"])
-        _network_gradient(self._buffer, self._x, buffer, d_out, flat.gradient, plan.table)
+        to_input("base1", d_z["base1"], d_z["base0"], kept["base0"])
+        self._gradients_are_of = self._buffer, self._x, buffer, d_out
         to_x = range(1 if self._learns else 0, plan.n_back)
         if len(to_x) == 0:
             return None
         d_x = d_out.new_empty(len(to_x) * n, net.n_in)
         for own, i in zip(d_x.split(n), to_x, strict=True):
             of_set = range(i, n_members, plan.n_back)
-            _linear_backward(d_z["base0"], self._weights, place["base0"], kept["base0"], own, precision, of_set)
+            _linear_backward(d_z["base0"], self._weights, place["base0"], None, own, precision, of_set)
         return d_x
+
+
+def write_gradients(passes: Sequence[LayeredPass]) -> None:
+    """Of the layers around the modules, after `backward`, in one launch: of one pass, or of two over as many rows, of
+    which larger tiles fill a device."""
+    first, *others = passes
+    flat = first._flat
+    table = first._plan.table_with(tuple(other._plan for other in others), flat.gradient)
+    _network_gradient(flat.gradient, table, [one._gradients_are_of for one in passes])
 
 
 def _layers_of(net: RoutedNetwork) -> dict[str, tuple[Tensor, Tensor]]:

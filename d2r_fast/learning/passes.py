@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from d2r_fast.learning.layered import LayeredPass, Plan
+from d2r_fast.learning.layered import LayeredPass, Plan, write_gradients
 from d2r_fast.learning.parameters import FlatParameters
 from d2r_fast.nets.agent import run
 from d2r_fast.nets.d2r import GREEDY, RouteChoice, RoutedNetwork
@@ -23,10 +23,18 @@ class Pass(Protocol):
     def backward(self, d_out: Tensor) -> Tensor | None:
         """From d_out [E,n,n_out], of the first n rows.
 
-        The rows that the choice of routes was for give the parameters their gradient, written over what was there. To
-        rows after them parameters are constant: returned is the gradient at their x, summed over the networks, if d_out
-        reaches to them.
+        The rows that the choice of routes was for give the parameters their gradient, written over what was there, at
+        the latest by `finish_gradients`. To rows after them parameters are constant: returned is the gradient at their
+        x, summed over the networks, if d_out reaches to them.
         """
+
+
+def finish_gradients(*passes: Pass) -> None:
+    """Write what is still to be written of the parameters' gradients of passes that went back, over as many rows: of
+    layers that run one by one on a GPU, for which one launch of all does better than one a pass."""
+    layered = [one for one in passes if isinstance(one, LayeredPass)]
+    if layered:
+        write_gradients(layered)
 
 
 class Network:

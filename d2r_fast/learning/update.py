@@ -15,7 +15,7 @@ from torch import Tensor
 from d2r_fast.config import SacConfig
 from d2r_fast.learning.in_turn import InTurn
 from d2r_fast.learning.parameters import FlatParameters
-from d2r_fast.learning.passes import Network
+from d2r_fast.learning.passes import Network, finish_gradients
 from d2r_fast.learning.sac import actor_choice, draw_reset, draw_route_noise, reset_extreme_tasks
 from d2r_fast.learning.saved_state import check_tensor, check_tensors, count, describe, field
 from d2r_fast.learning.shares import Shares
@@ -190,6 +190,7 @@ class Update:
         assert d_now is not None
         d_policy = squash_backward(d_now[:, n_obs:], loss.d_logp, policy.out[0, :n], draws.noise[:n], actions[:n])
         policy.backward(d_policy[None])
+        finish_gradients(value, policy)
         if alpha_loss is not None:
             loss.losses[0] = alpha_loss
         return loss.losses

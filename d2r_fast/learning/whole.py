@@ -81,7 +81,7 @@ class Layout:
         n_hidden, hidden, width = len(cfg.route_widths), cfg.base_width, cfg.module_width
         routes = {f"route{i}": n for i, n in enumerate((*cfg.route_widths, cfg.n_logits))}
         kept_widths = {"base0": hidden, "base1": hidden, "scaled": hidden, "opened": hidden, **routes}
-        kept_widths |= {"module0": width, "mixed": width}
+        kept_widths["mixed"] = width
         d_z_widths = {"base0": hidden, "base1": hidden, "task": hidden, **routes, "module0": width}
         n_outs = [_layers_of(member.net)["head"][0].shape[-2] for member in self.members]
 
@@ -147,7 +147,6 @@ class Layout:
         n_hidden = len(net.route) - 1
         reads = {"base1": "base0", "module0": "opened", "head": "mixed", "route0": "scaled"}
         reads |= {f"route{i}": f"route{i - 1}" for i in range(1, n_hidden + 1)}
-        with_relu = {"base0", "module0", *(f"route{i}" for i in range(n_hidden))}
         gradients: list[Any] = []
         for number in TRAINED:
             member, kept, d_z = self.members[number], self._kept[number], self._d_z[number]
@@ -156,7 +155,7 @@ class Layout:
                     continue
                 n_out, n_in = parameters[0].shape[-2:]
                 to_weight, to_bias = (flat.place(p) + member.number * p[0].numel() for p in parameters)
-                rows = Rows(False, d_z[name], n_out, kept[name] if name in with_relu else -1)
+                rows = Rows(False, d_z[name], n_out)
                 gradients.append(Sum(rows, 0, n_rows, to_bias, 1))
                 if name == "task":  # its product with the one-hot tasks: of rows in task order, a sum a task
                     n = n_rows // n_in
@@ -166,7 +165,7 @@ class Layout:
                     gradients.append(Product(rows, True, at, x.stride(1), n_in, to_weight))
                 else:
                     gradients.append(Product(rows, False, kept[reads[name]], n_in, n_in, to_weight))
-        return _gradient_table(x, gradients, net.cfg.precision, n_rows)
+        return _gradient_table(x, [gradients], net.cfg.precision, n_rows)
 
 
 class WholeNetworks:
@@ -222,7 +221,7 @@ class WholeNetworks:
                 *(to_relu, self._opened, self._h, index, gate, active, cfg.precision, layout.modules, flat.gradient)
             )
         # What its d_out stands for lies in d_z.
-        _network_gradient(self._kept, self._x, d_z, d_z, flat.gradient, layout.table)
+        _network_gradient(flat.gradient, layout.table, [(self._kept, self._x, d_z, d_z)])
 
     def _run(
         self, first: int, last: int, temperature: Any, noise: Any, given: Any, normal: Any, uniform: bool = False

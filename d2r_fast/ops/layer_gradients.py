@@ -1,21 +1,18 @@
-"""What a launch of `d2r_fast.kernels.network_gradient` computes, in numbers that say where things lie."""
+"""What a launch of `d2r_fast.kernels.network_gradient` computes of a pass, in numbers that say where things lie."""
 
 from typing import NamedTuple
 
 
 class Rows(NamedTuple):
-    """The gradient in front of a layer's ReLU, [B,width].
+    """The gradient of what a layer gives, [B,width], in front of its ReLU if there is one.
 
     outside  whether it lies in the tensor of the last layer's, or where all others do
     at       where it begins
-    y_at     where the layer's output begins, if a ReLU is behind it: the gradient counts where that is above 0;
-             -1: there is none
     """
 
     outside: bool
     at: int
     width: int
-    y_at: int
 
 
 class Product(NamedTuple):

@@ -208,11 +208,10 @@ def test_networks_whose_parameters_and_rows_lie_elsewhere(precision, n_in, n_out
     assert torch.equal(y, expected)
 
     d_x = torch.empty(2, n, n_in, device=DEVICE)  # of the first two alone
-    linear.backward_at(d_y[:2], buffer, place, y, d_x, precision)
-    of_each = linear.backward(d_y, x, weight, y, True, precision, True, False)[0]
-    assert torch.equal(d_x, of_each[:2])
-    linear.backward_at(d_y, buffer, place, None, d_x[0], precision, range(0, 3, 2))
+    linear.backward_at(d_y[:2], buffer, place, x, d_x, precision)  # as if a ReLU had given x
     of_each = linear.backward(d_y, x, weight, y, False, precision, True, False)[0]
+    assert torch.equal(d_x, torch.where(x > 0, of_each, 0)[:2])
+    linear.backward_at(d_y, buffer, place, None, d_x[0], precision, range(0, 3, 2))
     torch.testing.assert_close(d_x[0], of_each[0] + of_each[2], rtol=1e-5, atol=1e-5)
 
 
@@ -231,33 +230,32 @@ def test_what_is_kept_in_bfloat16_gives_the_numbers_that_a_product_rounds(n_in, 
     assert torch.equal(low_y.double(), nearest(y, "bf16"))
 
     d_x, low_d_x = torch.empty_like(x), torch.empty_like(x)
-    linear.backward_at(d_y, rounded[1], place, y, d_x, "bf16")
-    linear.backward_at(d_y, low_weight, place, low_y, low_d_x, "bf16")
+    linear.backward_at(d_y, rounded[1], place, rounded[0], d_x, "bf16")
+    linear.backward_at(d_y, low_weight, place, low_x, low_d_x, "bf16")
     assert torch.equal(low_d_x, d_x)
 
-    rows = Rows(False, 0, n_out, 0)
-    act, low_act = (torch.cat([kept.flatten(), given.flatten()]) for kept, given in ((y, rounded[0]), (low_y, low_x)))
-    products = [Product(rows, False, e * n * n_out, n_in, n_in, 0), Sum(rows, 0, n, n_in * n_out, 1)]
+    rows = Rows(False, 0, n_out)
+    products = [Product(rows, False, 0, n_in, n_in, 0), Sum(rows, 0, n, n_in * n_out, 1)]
     written = [torch.empty(n_in * n_out + n_out, device=DEVICE) for _ in range(2)]
-    for kept, gradient in zip((act, low_act), written, strict=True):
-        table = network_gradient.gradient_table(x, products, "bf16", n)
-        network_gradient.network_gradient(kept, x, d_y, d_y, gradient, table)
+    for kept, gradient in zip((rounded[0], low_x), written, strict=True):
+        table = network_gradient.gradient_table(x, [products], "bf16", n)
+        network_gradient.network_gradient(gradient, table, [(kept, x, d_y, d_y)])
     torch.testing.assert_close(*written, rtol=1e-5, atol=1e-5)  # whose instructions may sum in another order
 
 
 @tiles
 def test_gradients_of_all_layers_in_one_launch(precision, n_enough, monkeypatch):
-    """Two layers with a ReLU behind the first, and the rows of two tasks: wide and narrow rows, in and outside the
-    buffers, written between other numbers."""
+    """Two layers of a pass, the rows of two tasks among them, and one of another pass: wide and narrow rows, in and
+    outside the buffers, written between other numbers."""
     monkeypatch.setattr(settings, "ENOUGH", n_enough)
     n, n_in, hidden, n_out = 70, 10, 68, 72
     x = torch.randn(n, n_in + 1, device=DEVICE)[:, :n_in]
     h = torch.randn(n, hidden, device=DEVICE)
     d_h, d_out = torch.randn(n, hidden, device=DEVICE), torch.randn(n, n_out, device=DEVICE)
     act, d_z = (torch.cat([v.new_zeros(16), v.flatten()]) for v in (h, d_h))
-    first = Rows(False, 16, hidden, 16)
-    second = Rows(True, 0, n_out, -1)
-    sizes = {"between": 4, "first": hidden * n_in, "second": hidden * n_out, "bias": n_out + 1, "tasks": 2 * hidden}
+    first, second = Rows(False, 16, hidden), Rows(True, 0, n_out)
+    sizes = {"between": 4, "first": hidden * n_in, "second": hidden * n_out, "bias": n_out + 4, "tasks": 2 * hidden}
+    sizes["beside"] = hidden * n_out
     begin = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
     gradients = [
         Sum(second, 0, n, begin["bias"], 1),
@@ -265,21 +263,23 @@ def test_gradients_of_all_layers_in_one_launch(precision, n_enough, monkeypatch)
         *(Sum(first, 35 * t, 35, begin["tasks"] + t, 2) for t in range(2)),
         Product(second, False, 16, hidden, hidden, begin["second"]),
     ]
-    table = network_gradient.gradient_table(x, gradients, precision, n)
-    written = torch.full((sum(sizes.values()),), 7.0, device=DEVICE)
-    network_gradient.network_gradient(act, x, d_z, d_out, written, table)
-    masked, inner = torch.where(h > 0, d_h, 0), nearest(h, precision)
+    beside = [Product(second, False, 16, hidden, hidden, begin["beside"])]
+    table = network_gradient.gradient_table(x, [gradients, beside], precision, n)
+    written, again = (torch.full((sum(sizes.values()),), 7.0, device=DEVICE) for _ in range(2))
+    other_act, other_d_out = torch.randn_like(act), torch.randn_like(d_out)
+    passes = [(act, x, d_z, d_out), (other_act, x, d_z, other_d_out)]
+    network_gradient.network_gradient(written, table, passes)
     expected = {
         "between": torch.full((4,), 7.0, device=DEVICE),
-        "first": nearest(masked, precision).mT @ nearest(x.contiguous(), precision),
-        "second": nearest(d_out, precision).mT @ inner,
-        "bias": torch.cat([d_out.double().sum(0), torch.full((1,), 7.0, device=DEVICE)]),
-        "tasks": torch.stack([part.double().sum(0) for part in masked.split(35)], 1),
+        "first": nearest(d_h, precision).mT @ nearest(x.contiguous(), precision),
+        "second": nearest(d_out, precision).mT @ nearest(h, precision),
+        "bias": torch.cat([d_out.double().sum(0), torch.full((4,), 7.0, device=DEVICE)]),
+        "tasks": torch.stack([part.double().sum(0) for part in d_h.split(35)], 1),
+        "beside": nearest(other_d_out, precision).mT @ nearest(other_act[16:].view(n, hidden), precision),
     }
     for ours, (name, value) in zip(written.split([*sizes.values()]), expected.items(), strict=True):
         torch.testing.assert_close(ours.double(), value.flatten().double(), rtol=1e-5, atol=2e-5, msg=name)
-    again = torch.full_like(written, 7.0)
-    network_gradient.network_gradient(act, x, d_z, d_out, again, table)
+    network_gradient.network_gradient(again, table, passes)
     assert torch.equal(again, written)
 
 
