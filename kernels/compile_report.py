@@ -31,6 +31,7 @@ MAX_STACK = {
     **dict.fromkeys(("routed_modules_fwd", "routed_modules_bwd", "whole_network_fwd", "whole_network_bwd"), 64),
     **{"weight_gradient": 32, "split_base": 32, "split_base_bwd": 48},  # of 16 warps: 128 registers at most
     "ensemble_linear_bwd": 64,  # of 128 numbers a thread, once, where they meet the ReLU that gave the layer's input
+    "network_gradient": 8,
 }
 """Bytes a thread may spill (others: none). At 128 registers a second program fits on the multiprocessor, and ptxas
 spills what does not fit: 0 to 40 bytes, by its version (Triton 3.6 to 3.9). Those values outlive a module and are read

@@ -21,6 +21,8 @@ _TILES = TILES | {
     "tf32": [Tile(128, 128, 32, 8, 3), *TILES["tf32"][1:]],
     "bf16": [Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
 }
+SUM_ROWS = tl.constexpr(64)
+"""Rows that a sum takes at a time: it waits for each load."""
 N_COLUMNS = tl.constexpr(13)  # of the table: what `_lines` puts there
 
 
@@ -29,7 +31,7 @@ def network_gradient_kernel(
     act_ptr, x_ptr, d_z_ptr, d_out_ptr, second_act_ptr, second_x_ptr, second_d_z_ptr, second_d_out_ptr,
     gradient_ptr, table_ptr,
     N_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_DEPTH: tl.constexpr, SUM_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Grid (lines of the table,); a program owns one tile of a weight's gradient, or BLOCK_OUT sums, over all rows of
     either pass: layers of one update are some hundred large tiles, which fill a device without splitting rows. Every
@@ -125,7 +127,7 @@ class Table(NamedTuple):
 def gradient_launch(gradients: Sequence[Product | Sum], precision: str, n_rows: int) -> dict[str, Any]:
     """Constants and options of the kernel."""
     tile = tile_of(precision, [(g.d_z.width, g.n_in) for g in gradients if isinstance(g, Product)], _TILES)
-    blocks = {"BLOCK_OUT": tile.first, "BLOCK_IN": tile.second, "BLOCK_DEPTH": tile.depth, "SUM_ROWS": 4 * tile.depth}
+    blocks = {"BLOCK_OUT": tile.first, "BLOCK_IN": tile.second, "BLOCK_DEPTH": tile.depth}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | FUSED
     return {"N_ROWS": n_rows, "PRECISION": precision} | blocks | options
 

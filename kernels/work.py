@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from d2r_fast.kernels.launches import Call, Memory
+from d2r_fast.kernels.network_gradient import SUM_ROWS
 from d2r_fast.ops.layer_gradients import Product
 
 FLOAT = 4  # bytes
@@ -175,7 +176,7 @@ def _network_gradient(call: Call) -> Work:
                 d_z, act = d_z + gradient, act + read
                 n_tiles += ceil(g.d_z.width / a["BLOCK_OUT"]) * times
             else:
-                sums += [1 + n_rows / a["SUM_ROWS"]] * ceil(g.d_z.width / a["BLOCK_OUT"])
+                sums += [1 + n_rows / SUM_ROWS.value] * ceil(g.d_z.width / a["BLOCK_OUT"])
         for name, n_bytes, traffic in (("d_z_ptr", d_z, d_z_traffic), ("act_ptr", act, act_traffic)):
             memory = a[which + name]
             accesses.append(Access(memory, min(n_bytes, memory.n_bytes), traffic, False))
