@@ -121,7 +121,6 @@ def compare(groups: Sequence[Group], thresholds: Sequence[float]) -> dict[str, A
 
 def _describe(group: Group, final: Drawn, area: Drawn, thresholds: Sequence[float]) -> dict[str, Any]:
     tasks = group.runs[0].cfg.task_names
-    rates = [run.updates_per_s for run in group.runs]
     return {
         "label": group.label,
         "seeds": group.seeds(),
@@ -133,8 +132,8 @@ def _describe(group: Group, final: Drawn, area: Drawn, thresholds: Sequence[floa
         "by_run": [[round(float(v), 4) for v in run.success()[-1]] for run in group.runs],
         "thresholds": {str(threshold): crossing(group, threshold) for threshold in thresholds},
         "updates": group.runs[0].evals[-1]["updates"],
-        "updates_per_s": _median([rate for rate in rates if rate is not None]),
-        "minutes": _median([run.minutes[-1] for run in group.runs if run.minutes is not None]),
+        "updates_per_s": _median([run.updates_per_s for run in group.runs]),
+        "minutes": _median([run.minutes[-1] for run in group.runs]),
     }
 
 
@@ -145,8 +144,7 @@ def crossing(group: Group, threshold: float) -> dict[str, Any]:
         at = next((i for i, record in enumerate(run.evals) if record["mean_success"] >= threshold), None)
         if at is not None:
             steps.append(float(run.steps[at]))
-            if run.minutes is not None:
-                minutes.append(run.minutes[at])
+            minutes.append(run.minutes[at])
     return {"reached": len(steps), "of": len(group.runs), "steps": _median(steps), "minutes": _median(minutes)}
 
 
@@ -182,7 +180,7 @@ def markdown(result: dict[str, Any]) -> str:
             [
                 [g["label"], len(g["seeds"]), text(g["final_success"]), text(g["interquartile_mean"]), text(g["area"])]
                 + [_crossing_text(g["thresholds"][t]) for t in thresholds]
-                + [_or_dash(g["updates_per_s"]), _or_dash(g["minutes"])]
+                + [f"{g['updates_per_s']:.1f}", f"{g['minutes']:.1f}"]
                 for g in groups
             ],
         ),
@@ -218,12 +216,7 @@ def markdown(result: dict[str, Any]) -> str:
 def _crossing_text(crossed: dict[str, Any]) -> str:
     if not crossed["reached"]:
         return "never"
-    minutes = "" if crossed["minutes"] is None else f"{crossed['minutes']:.0f} min; "
-    return f"{crossed['steps']:,.0f} ({minutes}{crossed['reached']} of {crossed['of']})"
-
-
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+    return f"{crossed['steps']:,.0f} ({crossed['minutes']:.0f} min; {crossed['reached']} of {crossed['of']})"
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> list[str]:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from d2r_fast.analysis.session_clock import training_seconds
 from d2r_fast.config import RunConfig
 from d2r_fast.config_json import load_config
 from d2r_fast.training.metrics import read_metrics
@@ -27,22 +27,22 @@ class Run(NamedTuple):
     """A finished run.
 
     evals    records of its evaluations, two at least
-    resumed  its clock began again, so that no time of it means anything
+    seconds  of training up to each of them, over all sessions
     """
 
     path: Path
     cfg: RunConfig
     evals: list[dict[str, Any]]
-    resumed: bool
+    seconds: list[float]
 
     @property
-    def minutes(self) -> list[float] | None:
-        """Wall time at each evaluation; None if it is not known."""
-        return None if self.resumed else [record["time"]["wall"] / 60 for record in self.evals]
+    def minutes(self) -> list[float]:
+        """Wall time at each evaluation."""
+        return [seconds / 60 for seconds in self.seconds]
 
     @property
-    def updates_per_s(self) -> float | None:
-        return None if self.resumed else self.evals[-1]["updates"] / self.evals[-1]["time"]["wall"]
+    def updates_per_s(self) -> float:
+        return float(self.evals[-1]["updates"] / self.seconds[-1])
 
     @property
     def steps(self) -> list[int]:
@@ -72,6 +72,7 @@ def read_run(path: Path, until: int | None = None) -> Run:
         raise ValueError(f"{path}: metrics.jsonl cannot be read: {error}") from error
     if not evals:
         raise ValueError(f"{path}: no evaluation in metrics.jsonl yet")
+    seconds = training_seconds([*train, *evals])[len(train) :]
     last_step = cfg.warmup_steps + cfg.total_steps
     if evals[-1]["steps"] < (last_step if until is None else min(until, last_step)):
         raise ValueError(
@@ -84,8 +85,7 @@ def read_run(path: Path, until: int | None = None) -> Run:
             raise ValueError(f"{path}: no evaluation within its first {until:,} steps a task")
     if len(evals) == 1:
         raise ValueError(f"{path}: one evaluation alone has no area; eval.every_chunks makes more")
-    resumed = any(later["time"]["wall"] < earlier["time"]["wall"] for earlier, later in pairwise(train))
-    return Run(path, cfg, evals, resumed)
+    return Run(path, cfg, evals, seconds[: len(evals)])
 
 
 def flat_settings(cfg: RunConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from d2r_fast.analysis.routes import play_routes
+from d2r_fast.analysis.session_clock import training_seconds
 from d2r_fast.config import RunConfig
 from d2r_fast.config_json import read_config
 from d2r_fast.evaluation.protocols import mean_interval, wilson_interval
@@ -18,8 +19,6 @@ from d2r_fast.training.sessions import read_sessions
 
 # A curve has at most about this many points: of more records, a few neighbours each become their mean.
 MOST_POINTS = 400
-# Of a record's "time", which is counted from the start of each session.
-SESSION_CLOCK = "wall"
 
 
 def run_data(run_dir: Path, play: bool) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def run_data(run_dir: Path, play: bool) -> dict[str, Any]:
     train, evals = (read_metrics(run_dir, kind) for kind in ("train", "eval"))
     if not train:
         raise ValueError(f"{run_dir / 'metrics.jsonl'}: expected records of training, got none")
-    clock = _hours([*train, *evals])
+    clock = [round(seconds / 3600, 6) for seconds in training_seconds([*train, *evals])]  # hours
     return {
         "name": run_dir.resolve().name,
         "path": str(run_dir),
@@ -49,18 +48,6 @@ def run_data(run_dir: Path, play: bool) -> dict[str, Any]:
         "sessions": read_sessions(run_dir),
         "config": json.loads((run_dir / "config.json").read_text(encoding="utf-8")),
     }
-
-
-def _hours(records: list[dict[str, Any]]) -> list[float]:
-    """Hours of training up to each record, over all sessions: the clock of a resumed run begins anew."""
-    hours, before, last = {}, 0.0, 0.0
-    for i in sorted(range(len(records)), key=lambda i: (records[i]["steps"], records[i]["kind"] == "eval")):
-        wall = records[i].get("time", {}).get(SESSION_CLOCK, last)
-        if wall < last:
-            before += last
-        last = wall
-        hours[i] = round((before + wall) / 3600, 6)
-    return [hours[i] for i in range(len(records))]
 
 
 def _evaluations(evals: list[dict[str, Any]], hours: list[float]) -> dict[str, Any]:

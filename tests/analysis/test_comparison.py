@@ -144,11 +144,14 @@ def test_the_first_crossing_of_a_success_is_timed(tmp_path):
     assert crossing(mine, 0.9) == {"reached": 0, "of": 3, "steps": None, "minutes": None}
 
 
-def test_a_resumed_run_has_no_times(tmp_path):
-    run = read_run(write_run(tmp_path / "run", [[0, 0], [0, 1], [1, 1]], walls=(60, 120, 50)))
-    mine = compare([Group("", [run])], thresholds=(0.8,))["groups"][0]
-    assert mine["minutes"] is mine["updates_per_s"] is None
-    assert mine["thresholds"]["0.8"] == {"reached": 1, "of": 1, "steps": 100, "minutes": None}
+@pytest.mark.parametrize("kept", ["train eval", "eval"], ids=["all", "evaluations alone"])
+def test_a_resumed_run_counts_the_minutes_of_all_its_sessions(tmp_path, kept):
+    path = write_run(tmp_path / "run", [[0, 0], [0, 1], [1, 1]], walls=(60, 120, 30))
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (path / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["kind"] in kept))
+    mine = compare([Group("", [read_run(path)])], thresholds=(0.8,))["groups"][0]
+    assert mine["minutes"] == 2.5
+    assert mine["thresholds"]["0.8"] == {"reached": 1, "of": 1, "steps": 100, "minutes": 2.5}
     assert mine["final_success"]["value"] == 1
 
 
