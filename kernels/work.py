@@ -101,8 +101,8 @@ def _part(memory: Memory | None, n_bytes: float, times: float = 1, written: bool
     return [] if memory is None else [Access(memory, n_bytes, n_bytes * times, written)]
 
 
-def _numbers(memory: Memory, n: float, times: float = 1, written: bool = False) -> list[Access]:
-    return _part(memory, n * memory.dtype.itemsize, times, written)
+def _numbers(memory: Memory | None, n: float, times: float = 1, written: bool = False) -> list[Access]:
+    return [] if memory is None else _part(memory, n * memory.dtype.itemsize, times, written)
 
 
 def _blocks(n: int, block: int) -> int:
@@ -127,9 +127,9 @@ def _linear_bwd(call: Call) -> Work:
     depth = _blocks(n_out, a["BLOCK_DEPTH"]) * (n_nets // n_own)
     gradient = n_nets * n_rows * n_out
     accesses = _numbers(a["d_y_ptr"], gradient, n_in_tiles)
-    accesses += _part(a["y_ptr"], gradient * FLOAT, n_in_tiles)
+    accesses += _numbers(a["y_ptr"], gradient, n_in_tiles)
     accesses += _numbers(a["weight_ptr"], n_nets * n_in * n_out, n_row_tiles)
-    accesses += _numbers(a["x_ptr"], n_own * n_rows * n_in) if a["x_ptr"] is not None else []
+    accesses += _numbers(a["x_ptr"], n_own * n_rows * n_in)
     accesses += _numbers(a["d_x_ptr"], n_own * n_rows * n_in, written=True)
     flop = 2.0 * prod(call.grid) * a["BLOCK_ROWS"] * a["BLOCK_IN"] * depth
     chunks = depth // a["BLOCK_DEPTH"]

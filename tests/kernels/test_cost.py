@@ -113,7 +113,8 @@ def whole_tensors(first: int, n: int) -> dict[str, Memory | None]:
     """Of a launch of members first to first + n - 1."""
     rows = {"index_ptr": 32, "gate_ptr": 32, "flow_ptr": 32, "active_ptr": 1, "h_ptr": 16 * 128, "opened_ptr": 16 * 128}
     tensors = {name: memory(8, 1280, width) for name, width in rows.items()}
-    line = memory(n, 44, begin=first * 44 * 8, dtype=torch.int64)
+    columns = WHOLE["COLUMNS"]
+    line = memory(n, columns, begin=first * columns * 8, dtype=torch.int64)
     none = {"noise_ptr": None, "normal_ptr": memory(1) if first + n == len(BACK) else None}
     back = {"d_z_ptr": memory(5, 1280, 1800), "to_relu_ptr": memory(5, 1280, 16 * 128)}
     back["to_residual_ptr"] = memory(5, 1280, 16 * 128)
