@@ -39,10 +39,9 @@ Tensor ensemble_linear(Tensor x, Tensor weight, Tensor bias, bool relu, Precisio
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(precision);
-    const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets, s.n_out, s.n_in, false);
-    for_each_row_block(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
-      const Layer<T> layer{s.n_in, s.n_out, relu, panels.get() + net * kernel.packed_bytes(s.n_in, s.n_out),
-                           const_data<T>(bias) + net * s.n_out};
+    const WeightInTurn<T> panels(kernel, const_data<T>(weight), s.n_out, s.n_in, false);
+    for_each_row_block_in_turn(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
+      const Layer<T> layer{s.n_in, s.n_out, relu, panels.of(net), const_data<T>(bias) + net * s.n_out};
       kernel.linear_forward(layer, n_rows, const_data<T>(x) + net * s.x_net + first * s.n_in, s.n_in,
                             data<T>(y) + (net * s.n_rows + first) * s.n_out);
     });
@@ -62,15 +61,13 @@ std::tuple<Tensor, Tensor, Tensor> ensemble_linear_backward(Tensor d_y, Tensor x
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(precision);
-    std::unique_ptr<std::byte[]> panels;
-    if (to_x) panels = pack_weights(kernel, const_data<T>(weight), s.n_nets, s.n_out, s.n_in, true);
+    const WeightInTurn<T> panels(kernel, const_data<T>(weight), s.n_out, s.n_in, true);
     const std::vector<Gradient<T>> gradients{{to_weight ? data<T>(d_weight) : nullptr, s.n_out * s.n_in},
                                              {to_weight ? data<T>(d_bias) : nullptr, s.n_out}};
     sum_over_rows(s.n_nets, s.n_rows, s.n_rows, gradients, [](int64_t, int64_t) { return 1; },
                   [&](int64_t net, int64_t first, int64_t n_rows, T* const* sums) {
                     const int64_t row = net * s.n_rows + first;
-                    const std::byte* own_panels = to_x ? panels.get() + net * kernel.packed_bytes(s.n_out, s.n_in) : nullptr;
-                    const Layer<T> layer{s.n_in, s.n_out, relu, own_panels, nullptr};
+                    const Layer<T> layer{s.n_in, s.n_out, relu, to_x ? panels.of(net) : nullptr, nullptr};
                     kernel.linear_backward(layer, n_rows, const_data<T>(d_y) + row * s.n_out,
                                            const_data<T>(x) + net * s.x_net + first * s.n_in, s.n_in,
                                            relu ? const_data<T>(y) + row * s.n_out : nullptr,

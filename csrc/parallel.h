@@ -34,6 +34,41 @@ std::unique_ptr<std::byte[]> pack_weights(const Kernels<T>& kernel, const T* wei
   return panels;
 }
 
+// The weights [n_weights, n_out, n_in] of networks, of which each thread packs the one that it comes to in memory of its own:
+// multiplied out of its cache, not written to memory with all the others and read back. For threads that take the rows of a
+// network one after another.
+template <typename T>
+class WeightInTurn {
+ public:
+  WeightInTurn(const Kernels<T>& kernel, const T* weight, int64_t n_out, int64_t n_in, bool backward)
+      : kernel_(kernel), weight_(weight), n_out_(n_out), n_in_(n_in), backward_(backward), id_(++made()) {}
+
+  const std::byte* of(int64_t net) const {
+    struct Packed {
+      int64_t id = 0, net = 0;
+      std::vector<std::byte> panels;
+    };
+    thread_local Packed own;
+    if (own.id != id_ || own.net != net) {
+      own.panels.resize(backward_ ? kernel_.packed_bytes(n_out_, n_in_) : kernel_.packed_bytes(n_in_, n_out_));
+      kernel_.pack_weight(weight_ + net * n_out_ * n_in_, n_out_, n_in_, backward_, own.panels.data());
+      own.id = id_, own.net = net;
+    }
+    return own.panels.data();
+  }
+
+ private:
+  static std::atomic<int64_t>& made() {
+    static std::atomic<int64_t> count = 0;
+    return count;
+  }
+  const Kernels<T>& kernel_;
+  const T* weight_;
+  int64_t n_out_, n_in_;
+  bool backward_;
+  int64_t id_;  // no other has had it: memory is used again
+};
+
 // Calls body(first, n_rows) for the fewest blocks that split `n_rows` evenly: one short block at the end would leave the
 // other threads waiting for whoever got a long one.
 template <typename Body>
@@ -69,6 +104,22 @@ void for_each_row_block(int64_t n_nets, int64_t n_rows, int64_t boundary, const 
 template <typename Body>
 void for_each_row_block(int64_t n_nets, int64_t n_rows, const Body& body) {
   for_each_row_block(n_nets, n_rows, n_rows, body);
+}
+
+// Calls body(net, first, n_rows) for blocks of rows of every network; each thread takes as many rows, one after another.
+template <typename Body>
+void for_each_row_block_in_turn(int64_t n_nets, int64_t n_rows, const Body& body) {
+  const int64_t n_all = n_nets * n_rows, n_threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks_of(n_all));
+  torch::stable::parallel_for(0, n_threads, 1, [&](int64_t begin_thread, int64_t end_thread) {
+    for (int64_t thread = begin_thread; thread < end_thread; ++thread)
+      for (int64_t row = thread * n_all / n_threads, end = (thread + 1) * n_all / n_threads; row < end;) {
+        const int64_t net = row / n_rows, rows = std::min(end, (net + 1) * n_rows) - row;
+        for_each_even_block(rows, blocks_of(rows), [&](int64_t first, int64_t in_block) {
+          body(net, row % n_rows + first, in_block);
+        });
+        row += rows;
+      }
+  });
 }
 
 // Rows of one network that one thread owns in backward, and where their share of the weights' gradient goes.

@@ -75,6 +75,18 @@ def test_matches_torch_at_any_shape(backend, e, b, n_in, n_out, relu, shared, se
 
 
 @pytest.mark.parametrize("backend", cpp_backends(), indirect=True)
+@pytest.mark.parametrize(("e", "b"), [(7, 50), (1, 900), (3, 131)])
+def test_every_call_reads_the_weights_as_they_are_now(backend, e, b):
+    """Threads keep the memory in which they packed a weight, for the next weight."""
+    leaves = [v.detach() for v in make_case(e, b, 20, 24)]
+    before = results(partial(ensemble_linear, backend=backend), leaves, True)
+    leaves[1].copy_(leaves[1].flip(0, 1))
+    after = results(partial(ensemble_linear, backend=backend), leaves, True)
+    assert not torch.equal(before[0], after[0])
+    assert_agrees(after, results(plain, leaves, True))
+
+
+@pytest.mark.parametrize("backend", cpp_backends(), indirect=True)
 def test_float32_is_as_accurate_as_torch(backend):
     leaves = [v.detach().float().double().requires_grad_() for v in make_case(2, 300, 400, 256)]
     truth = results(plain, leaves, True)
