@@ -41,6 +41,9 @@ extern "C" __attribute__((visibility("default"))) const char* d2r_fast_isa(int a
   return at >= 0 && at < static_cast<int>(isas.size()) ? isas[at].name : nullptr;
 }
 
+// SHA-256 of the sources that this was built from, to be found in the file: loading it would register its operations.
+extern "C" __attribute__((visibility("default"))) const char d2r_fast_sources[] = "d2r_fast sources " D2R_SOURCES;
+
 // Use number `at` from now on; 0, the fastest, is the default. Returns 0, or -1 if there is no such number.
 extern "C" __attribute__((visibility("default"))) int d2r_fast_use_isa(int at) {
   const auto& isas = d2r_fast::isas();

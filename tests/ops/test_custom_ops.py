@@ -1,8 +1,10 @@
 """The operations as torch sees them: registration, torch.compile, autocast, threads, and a library that is missing."""
 
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,10 +116,28 @@ def test_a_missing_library_is_named_and_the_reference_runs(monkeypatch, tmp_path
         assert backends.choose_backend("auto", logits) == "reference"
         with pytest.raises(ValueError, match=r"backend cpp: not built: install a C\+\+20 compiler"):
             select_routes(logits, K, backend="cpp")
+        monkeypatch.setattr(library, "SOURCES", tmp_path)  # of an installed package there are none
         (tmp_path / "_cpu.so").write_text("not a library")
         library._load.cache_clear()
         monkeypatch.setitem(backends.STATE, "cpp", library.state())
         assert "built for another torch or machine" in backends.availability()["cpp"]
+    finally:
+        library._load.cache_clear()
+
+
+@pytest.mark.skipif(not library.is_ready(), reason="needs the C++ kernels")
+def test_a_library_from_before_an_update_is_not_loaded(monkeypatch, tmp_path):
+    """Its operations might take other arguments than are given here."""
+    sources = tmp_path / "csrc"
+    shutil.copytree(Path(__file__).parents[2] / "csrc", sources)
+    monkeypatch.setattr(library, "SOURCES", sources)
+    assert library._is_of_these_sources()  # this checkout's
+    with (sources / "library.cpp").open("a") as file:
+        file.write("// changed\n")
+    library._load.cache_clear()
+    try:
+        assert library.state().startswith(f"built from other sources than those in {sources}: install a C++20 compiler")
+        assert not library.is_ready()
     finally:
         library._load.cache_clear()
 

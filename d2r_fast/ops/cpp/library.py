@@ -1,12 +1,15 @@
 """The library that setup.py builds from csrc/."""
 
 import ctypes
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 LIBRARY = Path(__file__).parents[2] / "_cpu.so"
+SOURCES = Path(__file__).parents[3] / "csrc"
+"""Where they lie in a checkout; an installed package has none."""
 MAX_WIDTH = 1024
 MEND = (
     "install a C++20 compiler (g++ or clang++), then this package again, in its checkout: "
@@ -19,6 +22,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library with its operations registered, or why there is none."""
     if not LIBRARY.is_file():
         return None, f"not built: {MEND}"
+    if not _is_of_these_sources():
+        return None, f"built from other sources than those in {SOURCES}: {MEND}"
     try:
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
@@ -26,6 +31,23 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"built for another torch or machine ({error}): {MEND}"
     return library, ""
+
+
+def _is_of_these_sources() -> bool:
+    """Whether the library is what a checkout's csrc/ builds; an installed package's came with it.
+
+    One from before an update would take other arguments than this Python gives, and read past them.
+    """
+    if not (SOURCES / "library.cpp").is_file():
+        return True
+    return f"d2r_fast sources {hash_of_sources(SOURCES)}".encode() in LIBRARY.read_bytes()
+
+
+def hash_of_sources(folder: Path) -> str:
+    """As csrc/CMakeLists.txt makes it."""
+    paths = [*folder.glob("*.cpp"), *folder.glob("*.h"), folder / "CMakeLists.txt"]
+    hashes = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    return hashlib.sha256(";".join(hashes).encode()).hexdigest()
 
 
 def is_ready() -> bool:
