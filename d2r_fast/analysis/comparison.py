@@ -36,7 +36,7 @@ class Group(NamedTuple):
 
 def group_runs(runs: Sequence[Run], by: Sequence[str] = (), until: int | None = None) -> list[Group]:
     """Runs by what decides what they learn, and by the settings `by`, which else decide nothing (`name`,
-    `net.backend`). Labels say what sets a group apart.
+    `net.backend`). Labels say what sets a group apart; a network of which others are ablations comes first.
 
     ValueError: two runs were asked to do different things, or evaluated at other steps; or no setting is called so.
     """
@@ -60,7 +60,9 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] = (), until: int | None = 
                 "--by name, or another setting, tells them apart"
             )
     labels = _labels([settings for settings, _ in groups.values()])
-    return [Group(label, members) for label, (_, members) in zip(labels, groups.values(), strict=True)]
+    found = [Group(label, members) for label, (_, members) in zip(labels, groups.values(), strict=True)]
+    kinds = {settings["net.kind"] for settings, _ in groups.values()}
+    return sorted(found, key=lambda group: group.label not in kinds)  # what ablations are held against comes first
 
 
 def _check_common(first: Run, run: Run, until: int | None) -> None:
@@ -77,12 +79,19 @@ def _check_common(first: Run, run: Run, until: int | None) -> None:
 
 
 def _labels(groups: list[dict[str, Any]]) -> list[str]:
-    """What sets each group apart from the others: its network, and what differs among those of that network."""
+    """What sets each group apart from the others: its network, and what differs among those of that network.
+
+    Where several settings do, in three groups or more: what differs from the group that is nearest to all. Of a network
+    and its ablations that is the network itself, which is called by its kind alone.
+    """
     kinds = {settings["net.kind"] for settings in groups}
-    labels = []
+    labels: list[str] = []
     for settings in groups:
         alike = [other for other in groups if other["net.kind"] == settings["net.kind"]]
         names = [n for n in settings if n != "net.kind" and any(other.get(n) != settings[n] for other in alike)]
+        if len(names) > 1 and len(alike) > 2:
+            centre = min(alike, key=lambda c: sum(c.get(n) != other.get(n) for other in alike for n in names))
+            names = [n for n in names if centre.get(n) != settings[n]]
         parts = [settings["net.kind"]] if len(kinds) > 1 or not names else []
         parts += [f"{name} {settings[name]}" for name in names[:SETTINGS_IN_A_LABEL]]
         if len(names) > SETTINGS_IN_A_LABEL:

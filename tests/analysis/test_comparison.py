@@ -178,6 +178,27 @@ def test_what_decides_what_is_learnt_makes_groups(tmp_path):
     assert groups_of(*paths[:2]) == {"d2r": [0, 1]}
 
 
+def test_ablations_are_called_by_what_they_change_and_stand_behind_the_network(tmp_path):
+    whole, other = RUN.net, replace(RUN, net=NETS[0])
+    changed = [
+        replace(whole, resrouting=False),
+        replace(whole, top_k=1),
+        whole,
+        replace(whole, resrouting=False, top_k=1),
+    ]
+    cfgs = [*(replace(RUN, net=net) for net in changed), replace(RUN, sac=replace(RUN.sac, gamma=0.9)), other]
+    paths = [write_run(tmp_path / str(i), CURVE, cfg=cfg) for i, cfg in enumerate(cfgs)]
+    expected = ["d2r", "mlp"]
+    expected += [f"d2r, {change}" for change in ("net.resrouting False", "net.top_k 1")]
+    expected += ["d2r, net.top_k 1, net.resrouting False", "d2r, sac.gamma 0.9"]
+    assert list(groups_of(*paths)) == expected
+    assert list(groups_of(*paths[:3])) == ["d2r", "net.resrouting False", "net.top_k 1"]
+    assert list(groups_of(*paths[2:4])) == [
+        "net.top_k 2, net.resrouting True",
+        "net.top_k 1, net.resrouting False",
+    ]
+
+
 def test_what_computes_and_what_is_saved_makes_none_unless_asked(tmp_path):
     net = replace(RUN.net, backend="reference", precision="bf16")
     large = replace(RUN, replay_capacity=300)  # never full, as one of 200 rows is not
