@@ -23,7 +23,14 @@ from d2r_fast.kernels.routed_modules import walk, walk_back
 from d2r_fast.kernels.select_routes import choose, route_launch, unchoose
 from d2r_fast.kernels.settings import FUSED, check_dtype
 from d2r_fast.kernels.squashed_normal import act, act_back
-from d2r_fast.kernels.tiles import in_front_of_relu, linear_tile, linear_tile_backward, load_tile, rounded_product
+from d2r_fast.kernels.tiles import (
+    in_front_of_relu,
+    known_place,
+    linear_tile,
+    linear_tile_backward,
+    load_tile,
+    rounded_product,
+)
 
 GREEDY, SAMPLED, GIVEN = 0, 1, 2
 """How a member chooses routes."""
@@ -58,12 +65,8 @@ def n_columns(n_hidden: int) -> int:
 
 @triton.jit
 def _at(line_ptr, column, WIDTH: tl.constexpr):
-    """A place in a member's line, of rows of that width: if it is a multiple of 4, so is the place, and the compiler is
-    to know it: an access is as wide as what it starts at."""
-    place = tl.load(line_ptr + column)
-    if WIDTH % 4 == 0:
-        place = place // 4 * 4
-    return place
+    """A place of float32 numbers in a member's line."""
+    return known_place(line_ptr + column, WIDTH, 4)
 
 
 @triton.jit

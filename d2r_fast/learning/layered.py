@@ -79,7 +79,7 @@ class Plan:
         ]
         hidden = {f"route{i}": width for i, width in enumerate(cfg.route_widths)}
         base, modules = cfg.base_width, cfg.module_width
-        self.layers = _layers_of(net)
+        self.layers = net.layers()
         ends = [(int(p.storage_offset()), p.numel()) for owner, _ in nets for p in owner.parameters()]
         self.own = slice(min(begin for begin, _ in ends), max(begin + n for begin, n in ends))
         self.kept = Pieces(
@@ -107,7 +107,7 @@ class Plan:
         return self._tables[others]
 
     def _place(self, member: Member, name: str) -> list[int]:
-        weight, bias = _layers_of(member.net)[name]
+        weight, bias = member.net.layers()[name]
         of_layer = [int(p.storage_offset()) + member.number * p[0].numel() for p in (weight, bias)]
         own = self.members.index(member) * self.n_rows * weight.shape[-1]
         return [*of_layer, member.x_at if name == "base0" else own]
@@ -245,11 +245,3 @@ def write_gradients(passes: Sequence[LayeredPass]) -> None:
     flat = first._flat
     table = first._plan.table_with(tuple(other._plan for other in others), flat.gradient)
     _network_gradient(flat.gradient, table, [one._gradients_are_of for one in passes])
-
-
-def _layers_of(net: RoutedNetwork) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight and bias of each layer, by name."""
-    layers: Any = {"base0": net.base[0], "base1": net.base[1], "task": net.task, "module0": net.module0}
-    layers |= {"head": net.head} | {f"route{i}": layer for i, layer in enumerate(net.route)}
-    pairs = {name: (layer.weight, layer.bias) for name, layer in layers.items()}
-    return pairs | {"modules": (net.module_weight, net.module_bias)}

@@ -83,7 +83,7 @@ class Layout:
         kept_widths = {"base0": hidden, "base1": hidden, "scaled": hidden, "opened": hidden, **routes}
         kept_widths["mixed"] = width
         d_z_widths = {"base0": hidden, "base1": hidden, "task": hidden, **routes, "module0": width}
-        n_outs = [_layers_of(member.net)["head"][0].shape[-2] for member in self.members]
+        n_outs = [member.net.layers()["head"][0].shape[-2] for member in self.members]
 
         outs = Places()
         outs.take(2 * n_rows * n_outs[ACTOR_NOW])
@@ -111,7 +111,7 @@ class Layout:
                 choice = kernels.GIVEN
             elif number in range(TAKEN, FROZEN):
                 choice, choice_at = kernels.SAMPLED if sampled else kernels.GIVEN, critic
-            layers = _layers_of(member.net)
+            layers = member.net.layers()
             begins = [
                 int(p.storage_offset()) + member.number * p[0].numel()
                 for name in kernels.layer_names(n_hidden)
@@ -134,7 +134,7 @@ class Layout:
         sizes = cfg, net.n_tasks, net.n_in, n_outs[ACTOR_NOW] // 2
         self.launches = [kernels.whole_launch(*sizes, backward=backward) for backward in (False, True)]
         self.table = self._gradient_table(flat, x)
-        modules = [(self.members[n], n, _layers_of(self.members[n].net)["modules"]) for n in TRAINED]
+        modules = [(self.members[n], n, self.members[n].net.layers()["modules"]) for n in TRAINED]
         self.modules = torch.tensor(
             [
                 [number, BACK.index(number), *(flat.place(p) + member.number * p[0].numel() for p in parameters)]
@@ -150,7 +150,7 @@ class Layout:
         gradients: list[Any] = []
         for number in TRAINED:
             member, kept, d_z = self.members[number], self._kept[number], self._d_z[number]
-            for name, parameters in _layers_of(member.net).items():
+            for name, parameters in member.net.layers().items():
                 if name == "modules":  # whose gradient is a launch of its own
                     continue
                 n_out, n_in = parameters[0].shape[-2:]
@@ -232,11 +232,3 @@ class WholeNetworks:
             *(self._kept, self._outs, self._logp, self._routes, self._h, self._opened),
             *(uniform, cfg.resrouting and layout.members[0].net.training, layout.launches[0]),
         )
-
-
-def _layers_of(net: RoutedNetwork) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight and bias of each layer, by name."""
-    layers: Any = {"base0": net.base[0], "base1": net.base[1], "task": net.task, "module0": net.module0}
-    layers |= {"head": net.head} | {f"route{i}": layer for i, layer in enumerate(net.route)}
-    pairs = {name: (layer.weight, layer.bias) for name, layer in layers.items()}
-    return pairs | {"modules": (net.module_weight, net.module_bias)}

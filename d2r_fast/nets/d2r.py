@@ -12,7 +12,7 @@ dev   paper                              published code                       he
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -179,12 +179,21 @@ class RoutedNetwork(nn.Module):
         """A row of one network with all of its modules active."""
         return multiply_adds(*self.base, *self.route, self.module0, self.head) + self.module_weight[0].numel()
 
+    def layers(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Weight and bias of each layer, by name, in the order of `in_order`; `modules` are 1..N-1."""
+        around: dict[str, Any] = {
+            "base0": self.base[0],
+            "base1": self.base[1],
+            "task": self.task,
+            "module0": self.module0,
+        }
+        pairs = {name: (layer.weight, layer.bias) for name, layer in around.items()}
+        pairs |= {"modules": (self.module_weight, self.module_bias), "head": (self.head.weight, self.head.bias)}
+        return pairs | {f"route{i}": (layer.weight, layer.bias) for i, layer in enumerate(self.route)}
+
     def in_order(self) -> list[Tensor]:
         """The parameters as `routed_network` takes them."""
-        layers = [(layer.weight, layer.bias) for layer in (*self.base, self.task, self.module0)]
-        layers += [(self.module_weight, self.module_bias), (self.head.weight, self.head.bias)]
-        layers += [(layer.weight, layer.bias) for layer in self.route]
-        return [parameter for layer in layers for parameter in layer]
+        return [parameter for layer in self.layers().values() for parameter in layer]
 
 
 def _through_all_modules(choice: RouteChoice, n_nets: int, x: Tensor, cfg: NetConfig) -> RouteChoice:
