@@ -39,11 +39,24 @@ Tensor ensemble_linear(Tensor x, Tensor weight, Tensor bias, bool relu, Precisio
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels<T>(precision);
-    const WeightInTurn<T> panels(kernel, const_data<T>(weight), s.n_out, s.n_in, false);
-    for_each_row_block_in_turn(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
-      const Layer<T> layer{s.n_in, s.n_out, relu, panels.of(net), const_data<T>(bias) + net * s.n_out};
+    const auto run = [&](const std::byte* panels, int64_t net, int64_t first, int64_t n_rows) {
+      const Layer<T> layer{s.n_in, s.n_out, relu, panels, const_data<T>(bias) + net * s.n_out};
       kernel.linear_forward(layer, n_rows, const_data<T>(x) + net * s.x_net + first * s.n_in, s.n_in,
                             data<T>(y) + (net * s.n_rows + first) * s.n_out);
+    };
+    // Of networks enough for all threads, one for each of them at a time.
+    if (s.n_nets >= 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
+      const WeightInTurn<T> panels(kernel, const_data<T>(weight), s.n_out, s.n_in, false);
+      return for_each_block(s.n_nets, [&](int64_t net) {
+        for_each_even_block(s.n_rows, blocks_of(s.n_rows), [&](int64_t first, int64_t n_rows) {
+          run(panels.of(net), net, first, n_rows);
+        });
+      });
+    }
+    const auto panels = pack_weights(kernel, const_data<T>(weight), s.n_nets, s.n_out, s.n_in, false);
+    const size_t bytes = kernel.packed_bytes(s.n_in, s.n_out);
+    for_each_row_block(s.n_nets, s.n_rows, [&](int64_t net, int64_t first, int64_t n_rows) {
+      run(panels.get() + net * bytes, net, first, n_rows);
     });
   });
   return y;

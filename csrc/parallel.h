@@ -106,22 +106,6 @@ void for_each_row_block(int64_t n_nets, int64_t n_rows, const Body& body) {
   for_each_row_block(n_nets, n_rows, n_rows, body);
 }
 
-// Calls body(net, first, n_rows) for blocks of rows of every network; each thread takes as many rows, one after another.
-template <typename Body>
-void for_each_row_block_in_turn(int64_t n_nets, int64_t n_rows, const Body& body) {
-  const int64_t n_all = n_nets * n_rows, n_threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks_of(n_all));
-  torch::stable::parallel_for(0, n_threads, 1, [&](int64_t begin_thread, int64_t end_thread) {
-    for (int64_t thread = begin_thread; thread < end_thread; ++thread)
-      for (int64_t row = thread * n_all / n_threads, end = (thread + 1) * n_all / n_threads; row < end;) {
-        const int64_t net = row / n_rows, rows = std::min(end, (net + 1) * n_rows) - row;
-        for_each_even_block(rows, blocks_of(rows), [&](int64_t first, int64_t in_block) {
-          body(net, row % n_rows + first, in_block);
-        });
-        row += rows;
-      }
-  });
-}
-
 // Rows of one network that one thread owns in backward, and where their share of the weights' gradient goes.
 struct Segment {
   int64_t net, first, n_rows, thread;
