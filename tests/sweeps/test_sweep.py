@@ -128,6 +128,8 @@ def test_a_killed_sweep_goes_on(preset, tmp_path):
         (folder / "seed1").mkdir()
         claim = Claim(folder / "seed1")
         until(lambda: runs()[0]["finished"] and runs()[1]["failure"])
+        # The third has begun: its claim, made after the kill, would be in the way of the next sweep.
+        until(lambda: holder(folder / "seed2") is not None or runs()[2]["finished"])
         sweep.kill()
     assert "trains here" in runs()[1]["failure"]
     until(lambda: holder(folder / "seed2") is None)  # it is asked to stop when its worker is gone
