@@ -61,8 +61,8 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] = (), until: int | None = 
             )
     labels = _labels([settings for settings, _ in groups.values()])
     found = [Group(label, members) for label, (_, members) in zip(labels, groups.values(), strict=True)]
-    kinds = {settings["net.kind"] for settings, _ in groups.values()}
-    return sorted(found, key=lambda group: group.label not in kinds)  # what ablations are held against comes first
+    # What ablations are held against comes first.
+    return sorted(found, key=lambda group: group.label != group.runs[0].cfg.net.kind)
 
 
 def _check_common(first: Run, run: Run, until: int | None) -> None:

@@ -83,7 +83,7 @@ class Layout:
         kept_widths = {"base0": hidden, "base1": hidden, "scaled": hidden, "opened": hidden, **routes}
         kept_widths["mixed"] = width
         d_z_widths = {"base0": hidden, "base1": hidden, "task": hidden, **routes, "module0": width}
-        n_outs = [member.net.layers()["head"][0].shape[-2] for member in self.members]
+        n_outs = [member.net.head.weight.shape[-2] for member in self.members]
 
         outs = Places()
         outs.take(2 * n_rows * n_outs[ACTOR_NOW])
