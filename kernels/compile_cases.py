@@ -32,7 +32,7 @@ from d2r_fast.ops.layer_gradients import Product, Rows
 
 SIZES = ((16, 2, 128), (32, 4, 256))  # N, K, D: as published; and the largest that the tile sizes are chosen for
 NARROW = ((5, 2, 16), (5, 2, 17))  # so narrow, or odd, that a thread holds one feature of a row: see `uneven_sums`
-ROWS = 1280  # per network, as published
+ROWS, MANY_ROWS = 1280, 6400  # per network, as published for MT10 and MT50
 N_OBS, N_ACTIONS = 39, 4  # Meta-World's
 LAYERS = ((N_OBS + N_ACTIONS, 400), (400, 400), (256, 136), (128, 1))
 """Inputs and outputs: the first layer, whose rows are not 16-byte aligned, the largest, the logits, the value."""
@@ -48,28 +48,34 @@ def kept_in(precision: str, *names: str) -> dict[str, dict[str, str]]:
     return {"types": dict.fromkeys(names, "*bf16") if precision == "bf16" else {}}
 
 
-def _of_networks(launch_of: Callable[[int], dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each launch that differs for one to six networks, as many as an update has in one; and what to call it."""
+def _of_networks(
+    launch_of: Callable[[int, int], dict[str, Any]], many: bool = True
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each launch (of as many rows and networks) that differs for one to six networks, as many as an update has in one,
+    and what to call it. many: for MT50's rows as well."""
     seen: list[dict[str, Any]] = []
-    for n_nets in (1, 2, 4, 6):
-        launch = launch_of(n_nets)
-        if launch not in seen:
-            seen.append(launch)
-            yield f"-E{n_nets}" if len(seen) > 1 else "", launch
+    for n_rows in (ROWS, MANY_ROWS) if many else (ROWS,):
+        for n_nets in (1, 2, 4, 6):
+            launch = launch_of(n_rows, n_nets)
+            if launch not in seen:
+                seen.append(launch)
+                of_rows = "" if n_rows == ROWS else f"-B{n_rows}"
+                yield f"-E{n_nets}{of_rows}" if len(seen) > 1 else "", launch
 
 
 def cases(short: bool = False) -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     """Label, size, precision, kernel, and what the launcher passes besides tensors and row counts (None: no tensor).
-    short: whole networks, which take longest to compile, in tf32 alone."""
+    short: of whole networks, which take longest to compile, the critics' in tf32 alone; of MT50's launches those that
+    walk two tiles of rows side by side."""
     for n, k, d in SIZES:
         size = f"N{n}-K{k}-D{d}"
         for precision in PRECISIONS:
             for name, kernel in _WALKS.items():
-                for which, launch in _of_networks(partial(walk_launch, name, precision, n, k, d, ROWS)):
+                for which, launch in _of_networks(partial(walk_launch, name, precision, n, k, d)):
                     in_bf16 = kept_in(precision, "weight_ptr", "mixed_ptr")
                     flags = _BACK_FLAGS if name == "routed_modules_bwd" else _WALK_FLAGS
                     yield name, size + which, precision, kernel, launch | flags | in_bf16
-            for which, launch in _of_networks(partial(gradient_launch, precision, n, k, d, ROWS)):
+            for which, launch in _of_networks(partial(gradient_launch, precision, n, k, d), not short):
                 of_update = {"STEP": 2, "member_ptr": None}
                 yield "weight_gradient", size + which, precision, weight_gradient_kernel, launch | of_update
         shared = route_launch(n, k)
@@ -98,8 +104,9 @@ def cases(short: bool = False) -> Iterator[tuple[str, str, str, Any, dict[str, A
         size, launch = f"N{n}-D{d}", sum_launch(n, d, orthogonal, 0.0)
         yield "expert_sum_fwd", size, "float32", expert_sum_fwd_kernel, launch
         yield "expert_sum_bwd", size, "float32", expert_sum_bwd_kernel, launch
-    yield from cases_of_whole_networks(("tf32",) if short else PRECISIONS)
-    yield from cases_of_linear_layers()
+    of_whole = list(cases_of_whole_networks(("tf32",) if short else PRECISIONS))
+    yield from (case for case in of_whole if not short or case[1] == "critics")
+    yield from cases_of_linear_layers(not short)
     yield from cases_of_the_update()
 
 
@@ -120,9 +127,10 @@ def cases_of_whole_networks(precisions: Sequence[str]) -> Iterator[tuple[str, st
         yield "whole_network_bwd", "actor", cfg.precision, whole_network_bwd_kernel, launch | {"N_CRITICS": 2}
 
 
-def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
-    """As `cases`: the linear layers around the modules, of the critics as published; and one of a single output. The
-    first layer as the operation runs it, whose networks share x, the others as an update does."""
+def cases_of_linear_layers(many: bool) -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
+    """As `cases`, with MT50's launches or without: the linear layers around the modules, of the critics as published;
+    and one of a single output. The first layer as the operation runs it, whose networks share x, the others as an
+    update does."""
     kernels = {
         "fwd": ensemble_linear.ensemble_linear_fwd_kernel,
         "bwd": ensemble_linear.ensemble_linear_bwd_kernel,
@@ -140,19 +148,19 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
                     flags |= {"E": 2, "FIRST": 0, "STEP": 1} | ({"x_ptr": None} if shared else {"y_ptr": None})
                 if name != "gradient" and not shared:
                     flags |= kept_in(precision, "x_ptr", "weight_ptr", "y_ptr")
-                launch_of = partial(ensemble_linear.linear_launch, name, precision, n_in, n_out, ROWS)
-                for which, launch in _of_networks(launch_of):
+                launch_of = partial(ensemble_linear.linear_launch, name, precision, n_in, n_out)
+                for which, launch in _of_networks(launch_of, many):
                     yield f"ensemble_linear_{name}", f"{n_in}to{n_out}{which}", precision, kernel, launch | flags
     for precision in PRECISIONS:
         for name, kernel, way, n_out in (
             ("split_base", split_base_kernel, "fwd", 400),
             ("split_base_bwd", split_base_bwd_kernel, "bwd", 128),
         ):
-            for which, launch in _of_networks(partial(base_launch, way, precision, 400, n_out, ROWS)):
+            for which, launch in _of_networks(partial(base_launch, way, precision, 400, n_out), many):
                 in_bf16 = kept_in(precision, "x_ptr", "weights_ptr", "scaled_ptr", "positive_ptr")
                 yield name, f"H400{which}", precision, kernel, launch | {"T": 10} | in_bf16
     for precision in PRECISIONS:
-        for which, launch in _of_networks(partial(_largest_gradients, precision)):
+        for which, launch in _of_networks(partial(_largest_gradients, precision), many):
             in_bf16 = kept_in(precision, "act_ptr", "second_act_ptr")
             yield (
                 "network_gradient",
@@ -163,10 +171,10 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
             )
 
 
-def _largest_gradients(precision: str, n_nets: int) -> dict[str, Any]:
+def _largest_gradients(precision: str, n_rows: int, n_nets: int) -> dict[str, Any]:
     """The launch of two layers' gradients a network."""
     of_layer = Product(Rows(False, 0, 400), False, 0, 400, 400, 0)
-    return network_gradient.gradient_launch([of_layer] * 2 * n_nets, precision, ROWS)
+    return network_gradient.gradient_launch([of_layer] * 2 * n_nets, precision, n_rows)
 
 
 def cases_of_the_update() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:

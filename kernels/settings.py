@@ -24,6 +24,13 @@ class Settings(NamedTuple):
     num_stages: int
     max_registers: int | None = None
     """128 registers in 8 warps let two programs share a multiprocessor."""
+    tiles: int = 1
+    """Of block_rows each, that a program walks through the modules side by side (the walking kernels)."""
+
+    @property
+    def rows(self) -> int:
+        """Of a program."""
+        return self.block_rows * self.tiles
 
 
 # Widths up to 128, then up to 256; of each from large tiles, which read fewer weights from the L2, to small, of which
@@ -31,25 +38,30 @@ class Settings(NamedTuple):
 # before any timing:
 # - 16 rows a tile: 160 tiles at the published E=2, B=1280, all resident at once where two programs fit a
 #   multiprocessor (132 of them), and few rows that disagree on what to skip. 32 rows halve the weights read from L2;
-#   by 16 warps they hardly spill (16 bytes of stack at most).
+#   by 16 warps they hardly spill (16 bytes of stack at most). Two tiles of 32 halve them again; one of 64 would too,
+#   by wgmma, but spills hundreds of bytes. By 16 warps two tiles spill as much, but for the forward in tf32; by 8, of
+#   which each thread has 255 registers, at most 24 bytes.
 # - The backward holds two adjoints and needs 143 registers; at 128 it spills up to 10 (40 bytes of stack), none of them
 #   in the loop of products, which costs less than a second round of tiles.
 # - 2 stages are one buffer: a copy is issued after the product and awaited at once. 3 are two, so that a chunk's
 #   weights come while the one before is multiplied; but the forward in float32 would take 146 registers, and D = 256
 #   leaves no shared memory for a second program.
 # - float32 products are FFMA, unrolled over block_k: a longer chunk only lengthens the code.
+_LARGE, _SMALL, _SMALL_BACK = Settings(32, 64, 16, 3), Settings(16, 64, 8, 3), Settings(16, 64, 8, 3, 128)
 SETTINGS = {
     ("routed_modules_fwd", "float32"): ([Settings(16, 32, 8, 2)], [Settings(16, 32, 8, 2)]),
-    ("routed_modules_fwd", "tf32"): ([Settings(32, 64, 16, 3), Settings(16, 64, 8, 3)], [Settings(16, 64, 8, 2)]),
-    ("routed_modules_fwd", "bf16"): ([Settings(32, 64, 16, 3), Settings(16, 64, 8, 3)], [Settings(16, 64, 8, 2)]),
+    ("routed_modules_fwd", "tf32"): ([Settings(32, 64, 16, 3, tiles=2), _LARGE, _SMALL], [Settings(16, 64, 8, 2)]),
+    ("routed_modules_fwd", "bf16"): ([Settings(32, 64, 8, 3, tiles=2), _LARGE, _SMALL], [Settings(16, 64, 8, 2)]),
     ("routed_modules_bwd", "float32"): ([Settings(16, 32, 8, 3, 128)], [Settings(16, 32, 8, 2)]),
-    ("routed_modules_bwd", "tf32"): ([Settings(32, 64, 16, 3), Settings(16, 64, 8, 3, 128)], [Settings(16, 64, 8, 2)]),
-    ("routed_modules_bwd", "bf16"): ([Settings(32, 64, 16, 3), Settings(16, 64, 8, 3, 128)], [Settings(16, 32, 8, 2)]),
+    ("routed_modules_bwd", "tf32"): ([Settings(32, 32, 8, 3, tiles=2), _LARGE, _SMALL_BACK], [Settings(16, 64, 8, 2)]),
+    ("routed_modules_bwd", "bf16"): ([Settings(32, 64, 8, 3, tiles=2), _LARGE, _SMALL_BACK], [Settings(16, 32, 8, 2)]),
 }
 MULTIPROCESSORS = 132
 """Of an H100 or H200: how many programs make a round of one each."""
 ENOUGH = 80
 """Programs that a larger tile must leave, of a round."""
+MORE_THAN_A_ROUND = MULTIPROCESSORS + 1
+"""Programs that two tiles side by side must leave: within a round longer programs only make a longer launch."""
 
 
 def enough(n_programs: int) -> bool:
@@ -62,7 +74,7 @@ def walk_launch(
 ) -> dict[str, Any]:
     """Constants and options of a kernel that walks modules, all but RESIDUAL; n_rows: of each network."""
     settings = _settings(kernel, precision, width, n_rows, n_nets)
-    blocks = {"BLOCK_D": _block_width(width), "BLOCK_ROWS": settings.block_rows}
+    blocks = {"BLOCK_D": _block_width(width), "BLOCK_ROWS": settings.block_rows, "TILES": settings.tiles}
     blocks["BLOCK_K"] = min(settings.block_k, blocks["BLOCK_D"])
     return {"N": n_modules, "K": n_kept, "D": width, "PRECISION": precision} | blocks | _options(settings)
 
@@ -129,8 +141,11 @@ def _settings(kernel: str, precision: str, width: int, n_rows: int, n_nets: int)
     """Those of the largest tile that leaves enough programs, or of the smallest."""
     _check(precision, width)
     *larger, smallest = SETTINGS[kernel, precision][width > 128]
-    fitting = (one for one in larger if enough(n_nets * triton.cdiv(n_rows, one.block_rows)))
-    return next(fitting, smallest)
+    for settings in larger:
+        n_programs = n_nets * triton.cdiv(n_rows, settings.rows)
+        if n_programs >= (ENOUGH if settings.tiles == 1 else MORE_THAN_A_ROUND):
+            return settings
+    return smallest
 
 
 def _check(precision: str, width: int) -> None:

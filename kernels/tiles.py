@@ -1,25 +1,10 @@
-"""What kernels share: which rows a tile holds, a route's sources, one product, a tile of a linear layer and of its
-gradient, sums of products across threads."""
+"""What kernels share: a route's sources, one product, a tile of a linear layer and of its gradient, sums of products across
+threads."""
 
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def tile_rows(active_ptr, order_ptr, n_rows, tile, BLOCK_ROWS: tl.constexpr):
-    """Rows of a tile (int64), whether each exists, and its active bits (0 where it does not).
-
-    `active` [B] is one network's. `order` [B] lists its rows so that rows that route alike share a tile; None: as they
-    come. int64, because rows are multiplied by widths: E*N*B*D passes 2^31.
-    """
-    at = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = at < n_rows
-    row = at.to(tl.int64)
-    if order_ptr is not None:
-        row = tl.load(order_ptr + at, mask=inside, other=0).to(tl.int64)
-    return row, inside, tl.load(active_ptr + row, mask=inside, other=0)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from d2r_fast.kernels.layers import task_row
-from d2r_fast.kernels.routed_modules import walk, walk_back
+from d2r_fast.kernels.module_walk import mix_last, push_last, walk, walk_back
 from d2r_fast.kernels.select_routes import choose, route_launch, unchoose
 from d2r_fast.kernels.settings import FUSED, check_dtype
 from d2r_fast.kernels.squashed_normal import act, act_back
@@ -225,13 +225,14 @@ def whole_network_fwd_kernel(
     tl.store(h_ptr + at, h0, mask=mask)
     tl.debug_barrier()
     active = tl.load(active_ptr + row, mask=inside, other=0)
-    mixed = walk(
+    rows = (row * (N * K), row, inside, active)
+    walk(
         h_ptr, parameters_ptr + _at(line_ptr, MODULES + 2, D), parameters_ptr + _at(line_ptr, MODULES + 3, D),
-        index_ptr, gate_ptr, opened_ptr, row * (N * K), row, inside, active, n_rows,
+        index_ptr, gate_ptr, opened_ptr, rows, None, n_rows,
         N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_ROWS, min(BLOCK_DEPTH, BLOCK_D),
     )  # fmt: skip
     mixed_ptr = kept_ptr + _at(line_ptr, KEPT + 5 + N_HIDDEN, D)
-    tl.store(mixed_ptr + at, mixed, mask=mask)
+    mix_last(h_ptr, index_ptr, gate_ptr, mixed_ptr, rows, n_rows, N, K, D, BLOCK_D)
     tl.debug_barrier()
     n_out = tl.load(line_ptr + _N_OUT)
     out = tl.arange(0, BLOCK_HEAD)
@@ -306,10 +307,14 @@ def whole_network_bwd_kernel(
     if RESIDUAL:
         to_residual_ptr += back * N * n_rows * D
     active = tl.load(active_ptr + row, mask=inside, other=0)
+    rows = (row * (N * K), row, inside, active)
+    touched = push_last(
+        d_mixed, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr, rows, n_rows,
+        N, K, D, RESIDUAL, BLOCK_D,
+    )  # fmt: skip
     walk_back(
-        d_mixed, h_ptr, parameters_ptr + _at(line_ptr, MODULES + 2, D),
-        opened_ptr + number * N * n_rows * D, index_ptr, gate_ptr, flow_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr,
-        row * (N * K), row, inside, active, n_rows,
+        h_ptr, parameters_ptr + _at(line_ptr, MODULES + 2, D), opened_ptr + number * N * n_rows * D,
+        index_ptr, gate_ptr, flow_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr, rows, touched, None, None, n_rows,
         N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_ROWS, min(BLOCK_DEPTH, BLOCK_D),
     )  # fmt: skip
     tl.debug_barrier()

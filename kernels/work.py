@@ -228,45 +228,49 @@ def route_shares(n_modules: int, n_kept: int, n_rows: int, block_rows: int, in_o
 
 
 def _routed_fwd(call: Call) -> Work:
-    a, (n_nets, n_tiles, _) = call.arguments, call.grid
-    n_rows, n, k, d = a["n_rows"], a["N"], a["K"], a["D"]
-    shares = route_shares(n, k, n_rows, a["BLOCK_ROWS"], a["order_ptr"] is not None)
+    a, (n_nets, n_programs, _) = call.arguments, call.grid
+    n_rows, n, k, d, of_program = a["n_rows"], a["N"], a["K"], a["D"], a["BLOCK_ROWS"] * a["TILES"]
+    shares = route_shares(n, k, n_rows, of_program, a["order_ptr"] is not None)
     row = n_nets * n_rows * d * FLOAT
     runs = shares.active * row
     accesses = _once(call._replace(arguments={x: a[x] for x in ("index_ptr", "gate_ptr", "active_ptr")}), ())
     accesses += _part(a["h0_ptr"], row) + _numbers(a["mixed_ptr"], row / FLOAT, written=True)
-    accesses += _numbers(a["weight_ptr"], n_nets * (n - 1) * d * d, n_tiles * shares.touched / (n - 1))
+    accesses += _numbers(a["weight_ptr"], n_nets * (n - 1) * d * d, n_programs * shares.touched / (n - 1))
     # Sources are what this very launch wrote: traffic, but nothing to fetch. They are read again for the residual at
     # once, some 32 KB of a tile, which the first-level cache still has.
     accesses += [Access(a["h_ptr"], 0.0, (runs + row) * k, False), Access(a["h_ptr"], runs + row, runs + row, True)]
     accesses += _part(a["opened_ptr"], runs / FLOAT, written=True)
-    flop = 2.0 * n_tiles * n_nets * shares.touched * a["BLOCK_ROWS"] * a["BLOCK_D"] ** 2
-    most, chunks = shares.most_touched, a["BLOCK_D"] // a["BLOCK_K"]
+    flop = 2.0 * n_programs * n_nets * shares.touched * of_program * a["BLOCK_D"] ** 2
+    # Tiles side by side take each step one after the other, though much of one may hide behind the other.
+    passes, chunks = shares.most_touched, a["BLOCK_D"] // a["BLOCK_K"]
+    most = passes * a["TILES"]
     # Of a module: its sources' numbers, and the sources.
-    chain = ceil(most * 2) + 3, most * chunks, most * a["BLOCK_D"], most, most
-    return Work(accesses, flop, *chain, shares.of_programs(n_tiles, n_nets))
+    chain = ceil(most * 2) + 3, most * chunks, most * a["BLOCK_D"], passes, most
+    return Work(accesses, flop, *chain, shares.of_programs(n_programs, n_nets))
 
 
 def _routed_bwd(call: Call) -> Work:
-    a, (n_nets, n_tiles, _) = call.arguments, call.grid
-    n_rows, n, k, d = a["n_rows"], a["N"], a["K"], a["D"]
-    shares = route_shares(n, k, n_rows, a["BLOCK_ROWS"], a["order_ptr"] is not None)
+    a, (n_nets, n_programs, _) = call.arguments, call.grid
+    n_rows, n, k, d, of_program = a["n_rows"], a["N"], a["K"], a["D"], a["BLOCK_ROWS"] * a["TILES"]
+    shares = route_shares(n, k, n_rows, of_program, a["order_ptr"] is not None)
     row = n_nets * n_rows * d * FLOAT
     runs = shares.active * row
     pushed, n_adjoints = (runs + row) * k, 2 if a["RESIDUAL"] else 1
     few = ("index_ptr", "gate_ptr", "flow_ptr", "active_ptr")
     accesses = _once(call._replace(arguments={x: a[x] for x in few}), ())
     accesses += _part(a["d_mixed_ptr"], row) + _part(a["d_h0_ptr"], row, written=True)
-    accesses += _numbers(a["weight_ptr"], n_nets * (n - 1) * d * d, n_tiles * shares.touched / (n - 1))
+    accesses += _numbers(a["weight_ptr"], n_nets * (n - 1) * d * d, n_programs * shares.touched / (n - 1))
     accesses += [Access(a["h_ptr"], runs + row, pushed, False), *_part(a["opened_ptr"], runs / FLOAT)]
     # The first gradient that reaches an adjoint is stored, later ones are added; then its module reads it, or d_h0.
     for name in ("to_relu_ptr", "to_residual_ptr")[:n_adjoints]:
         accesses += [Access(a[name], 0.0, pushed, False), Access(a[name], runs + row, pushed, True)]
-    flop = 2.0 * n_tiles * n_nets * shares.touched * a["BLOCK_ROWS"] * a["BLOCK_D"] ** 2
-    most, chunks = shares.most_touched, a["BLOCK_D"] // a["BLOCK_K"]
+    flop = 2.0 * n_programs * n_nets * shares.touched * of_program * a["BLOCK_D"] ** 2
+    # Tiles side by side take each step one after the other, though much of one may hide behind the other.
+    passes, chunks = shares.most_touched, a["BLOCK_D"] // a["BLOCK_K"]
+    most = passes * a["TILES"]
     # Of a module: its sources' numbers, and for each of K the gradient that is there already.
-    chain = ceil(most * (2 + k)) + 2 + k, most * chunks, most * a["BLOCK_D"], most, most * (k + 2)
-    return Work(accesses, flop, *chain, shares.of_programs(n_tiles, n_nets))
+    chain = ceil(most * (2 + k)) + 2 + k, most * chunks, most * a["BLOCK_D"], passes, most * (k + 2)
+    return Work(accesses, flop, *chain, shares.of_programs(n_programs, n_nets))
 
 
 def _weight_gradient(call: Call) -> Work:
