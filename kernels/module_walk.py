@@ -88,12 +88,12 @@ def walk(
                         h_ptr, index_ptr, gate_ptr, slot_2 + route, row_2, wanted_2, i, feature, n_rows, D, K
                     )
                     z_2 = product(x, tl.trans(w), z_2, PRECISION)
-            _finish(
+            _finish_module(
                 z, h_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, slot + route, row, wanted, i, n_rows,
                 K, D, RESIDUAL, BLOCK_D,
             )  # fmt: skip
             if rows_2 is not None:
-                _finish(
+                _finish_module(
                     z_2, h_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, slot_2 + route, row_2, wanted_2, i, n_rows,
                     K, D, RESIDUAL, BLOCK_D,
                 )  # fmt: skip
@@ -101,7 +101,7 @@ def walk(
 
 
 @triton.jit
-def _finish(
+def _finish_module(
     z, h_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, slot, row, wanted, i, n_rows,
     K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -205,7 +205,7 @@ def walk_back(
                 d_main_2 = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
             for start in range(0, D, BLOCK_K):
                 feature = start + tl.arange(0, BLOCK_K)
-                d_z = _in_front(to_relu_ptr, opened_ptr, row, wanted, i, feature, n_rows, D)
+                d_z = _in_front_of_module(to_relu_ptr, opened_ptr, row, wanted, i, feature, n_rows, D)
                 w = tl.load(
                     weight_ptr + (i - 1) * D * D + (feature * D)[:, None] + col[None, :],
                     mask=(feature < D)[:, None] & (col < D)[None, :],
@@ -213,7 +213,7 @@ def walk_back(
                 )
                 d_main = product(d_z, w, d_main, PRECISION)
                 if rows_2 is not None:
-                    d_z = _in_front(to_relu_ptr, opened_ptr, row_2, wanted_2, i, feature, n_rows, D)
+                    d_z = _in_front_of_module(to_relu_ptr, opened_ptr, row_2, wanted_2, i, feature, n_rows, D)
                     d_main_2 = product(d_z, w, d_main_2, PRECISION)
             touched = _push_back(
                 d_main, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
@@ -245,7 +245,7 @@ def _clear_unread(
 
 
 @triton.jit
-def _in_front(to_relu_ptr, opened_ptr, row, wanted, i, feature, n_rows, D: tl.constexpr):
+def _in_front_of_module(to_relu_ptr, opened_ptr, row, wanted, i, feature, n_rows, D: tl.constexpr):
     """The gradient in front of the ReLU of module i, of a tile and some features."""
     at, mask = ((i * n_rows + row) * D)[:, None] + feature[None, :], wanted[:, None] & (feature < D)[None, :]
     d_y = tl.load(to_relu_ptr + at, mask=mask, other=0.0)

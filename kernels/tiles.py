@@ -1,5 +1,4 @@
-"""What kernels share: a route's sources, one product, a tile of a linear layer and of its gradient, sums of products across
-threads."""
+"""What kernels share: a route's sources, one product, a tile of a linear layer and of its gradient, sums across threads."""
 
 import triton
 import triton.language as tl
