@@ -1,4 +1,5 @@
-"""What kernels share: a route's sources, one product, a tile of a linear layer and of its gradient, sums across threads."""
+"""What kernels share: sources of a route, one product, a tile of a linear layer and of its gradient, sums over
+threads."""
 
 import triton
 import triton.language as tl
