@@ -49,12 +49,12 @@ def kept_in(precision: str, *names: str) -> dict[str, dict[str, str]]:
 
 
 def _of_networks(
-    launch_of: Callable[[int, int], dict[str, Any]], many: bool = True
+    launch_of: Callable[[int, int], dict[str, Any]], rows: Sequence[int] = (ROWS,)
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each launch (of as many rows and networks) that differs for one to six networks, as many as an update has in one,
-    and what to call it. many: for MT50's rows as well."""
+    and what to call it."""
     seen: list[dict[str, Any]] = []
-    for n_rows in (ROWS, MANY_ROWS) if many else (ROWS,):
+    for n_rows in rows:
         for n_nets in (1, 2, 4, 6):
             launch = launch_of(n_rows, n_nets)
             if launch not in seen:
@@ -65,17 +65,37 @@ def _of_networks(
 
 def cases(short: bool = False) -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     """Label, size, precision, kernel, and what the launcher passes besides tensors and row counts (None: no tensor).
-    short: of whole networks, which take longest to compile, the critics' in tf32 alone; of MT50's launches those that
-    walk two tiles of rows side by side."""
+    short: without those that compile longest, see `_in_short`."""
+    for case in (*_of_modules(), *cases_of_whole_networks(), *cases_of_linear_layers(), *cases_of_the_update()):
+        if not short or _in_short(*case[:3]):
+            yield case
+
+
+def _in_short(label: str, size: str, precision: str) -> bool:
+    """Not what compiles longest and is much like another: whole networks and the widest modules but in tf32, the
+    actor's, weight gradients of other numbers of networks, and the second of two layers with rows of 16 bytes."""
+    if label.startswith("whole_network"):
+        return (size, precision) == ("critics", "tf32")
+    if label.startswith("select_routes"):
+        return True
+    widest = "N{}-K{}-D{}".format(*SIZES[-1])
+    return not (
+        (size.startswith(widest) and precision != "tf32")
+        or (label == "weight_gradient" and "-E" in size)
+        or size.startswith("256to136")
+    )
+
+
+def _of_modules() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     for n, k, d in SIZES:
         size = f"N{n}-K{k}-D{d}"
         for precision in PRECISIONS:
             for name, kernel in _WALKS.items():
-                for which, launch in _of_networks(partial(walk_launch, name, precision, n, k, d)):
+                for which, launch in _of_networks(partial(walk_launch, name, precision, n, k, d), (ROWS, MANY_ROWS)):
                     in_bf16 = kept_in(precision, "weight_ptr", "mixed_ptr")
                     flags = _BACK_FLAGS if name == "routed_modules_bwd" else _WALK_FLAGS
                     yield name, size + which, precision, kernel, launch | flags | in_bf16
-            for which, launch in _of_networks(partial(gradient_launch, precision, n, k, d), not short):
+            for which, launch in _of_networks(partial(gradient_launch, precision, n, k, d)):
                 of_update = {"STEP": 2, "member_ptr": None}
                 yield "weight_gradient", size + which, precision, weight_gradient_kernel, launch | of_update
         shared = route_launch(n, k)
@@ -104,13 +124,9 @@ def cases(short: bool = False) -> Iterator[tuple[str, str, str, Any, dict[str, A
         size, launch = f"N{n}-D{d}", sum_launch(n, d, orthogonal, 0.0)
         yield "expert_sum_fwd", size, "float32", expert_sum_fwd_kernel, launch
         yield "expert_sum_bwd", size, "float32", expert_sum_bwd_kernel, launch
-    of_whole = list(cases_of_whole_networks(("tf32",) if short else PRECISIONS))
-    yield from (case for case in of_whole if not short or case[1] == "critics")
-    yield from cases_of_linear_layers(not short)
-    yield from cases_of_the_update()
 
 
-def cases_of_whole_networks(precisions: Sequence[str]) -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
+def cases_of_whole_networks() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     """As `cases`: whole networks of the published sizes in an update's four launches: the actor acts along given
     routes, critics sample theirs; back from these to the actions, and from there through the actor."""
     cfg = SimpleNamespace(n_modules=16, top_k=2, module_width=128, base_width=400, route_widths=(256, 256))
@@ -118,7 +134,7 @@ def cases_of_whole_networks(precisions: Sequence[str]) -> Iterator[tuple[str, st
     acts = dict.fromkeys(("temperature_ptr", "noise_ptr")) | {"RESROUTING": True, "TINY": None}
     judges = dict.fromkeys(("given_ptr", "normal_ptr")) | {"RESROUTING": True, "TINY": 1.1754943508222875e-38}
     to_actions = {"N_CRITICS": 2} | dict.fromkeys(("normal_ptr", "d_logp_ptr"))
-    for cfg.precision in precisions:
+    for cfg.precision in PRECISIONS:
         launch = whole_launch(cfg, 10, N_OBS + N_ACTIONS, N_ACTIONS, backward=False)
         yield "whole_network_fwd", "actor", cfg.precision, whole_network_fwd_kernel, launch | acts
         yield "whole_network_fwd", "critics", cfg.precision, whole_network_fwd_kernel, launch | judges
@@ -127,10 +143,9 @@ def cases_of_whole_networks(precisions: Sequence[str]) -> Iterator[tuple[str, st
         yield "whole_network_bwd", "actor", cfg.precision, whole_network_bwd_kernel, launch | {"N_CRITICS": 2}
 
 
-def cases_of_linear_layers(many: bool) -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
-    """As `cases`, with MT50's launches or without: the linear layers around the modules, of the critics as published;
-    and one of a single output. The first layer as the operation runs it, whose networks share x, the others as an
-    update does."""
+def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
+    """As `cases`: the linear layers around the modules, of the critics as published; and one of a single output. The
+    first layer as the operation runs it, whose networks share x, the others as an update does."""
     kernels = {
         "fwd": ensemble_linear.ensemble_linear_fwd_kernel,
         "bwd": ensemble_linear.ensemble_linear_bwd_kernel,
@@ -149,18 +164,18 @@ def cases_of_linear_layers(many: bool) -> Iterator[tuple[str, str, str, Any, dic
                 if name != "gradient" and not shared:
                     flags |= kept_in(precision, "x_ptr", "weight_ptr", "y_ptr")
                 launch_of = partial(ensemble_linear.linear_launch, name, precision, n_in, n_out)
-                for which, launch in _of_networks(launch_of, many):
+                for which, launch in _of_networks(launch_of):
                     yield f"ensemble_linear_{name}", f"{n_in}to{n_out}{which}", precision, kernel, launch | flags
     for precision in PRECISIONS:
         for name, kernel, way, n_out in (
             ("split_base", split_base_kernel, "fwd", 400),
             ("split_base_bwd", split_base_bwd_kernel, "bwd", 128),
         ):
-            for which, launch in _of_networks(partial(base_launch, way, precision, 400, n_out), many):
+            for which, launch in _of_networks(partial(base_launch, way, precision, 400, n_out)):
                 in_bf16 = kept_in(precision, "x_ptr", "weights_ptr", "scaled_ptr", "positive_ptr")
                 yield name, f"H400{which}", precision, kernel, launch | {"T": 10} | in_bf16
     for precision in PRECISIONS:
-        for which, launch in _of_networks(partial(_largest_gradients, precision), many):
+        for which, launch in _of_networks(partial(_largest_gradients, precision)):
             in_bf16 = kept_in(precision, "act_ptr", "second_act_ptr")
             yield (
                 "network_gradient",

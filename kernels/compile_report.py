@@ -237,7 +237,7 @@ def _number(pattern: str, text: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here as well")
-    parser.add_argument("--short", action="store_true", help="few of whole networks and of MT50's: half the time")
+    parser.add_argument("--short", action="store_true", help="without what compiles longest")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: an interpreted kernel is not compiled; unset it")
