@@ -39,8 +39,8 @@ class Settings(NamedTuple):
 # - 16 rows a tile: 160 tiles at the published E=2, B=1280, all resident at once where two programs fit a
 #   multiprocessor (132 of them), and few rows that disagree on what to skip. 32 rows halve the weights read from L2;
 #   by 16 warps they hardly spill (16 bytes of stack at most). Two tiles of 32 halve them again; one of 64 would too,
-#   by wgmma, but spills hundreds of bytes. By 16 warps two tiles spill as much, but for the forward in tf32; by 8, of
-#   which each thread has 255 registers, at most 24 bytes.
+#   by wgmma, but spills hundreds of bytes. By 16 warps two tiles spill 72 to 152 bytes, but for the forward in tf32
+#   (56 at most); by 8, of which each thread has 255 registers, 40 at most.
 # - The backward holds two adjoints and needs 143 registers; at 128 it spills up to 10 (40 bytes of stack), none of them
 #   in the loop of products, which costs less than a second round of tiles.
 # - 2 stages are one buffer: a copy is issued after the product and awaited at once. 3 are two, so that a chunk's
