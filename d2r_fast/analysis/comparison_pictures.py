@@ -11,10 +11,10 @@ from d2r_fast.analysis.pictures import new_figure
 from d2r_fast.analysis.success_statistics import Drawn
 
 
-def draw_curves(groups: Sequence[Group]) -> Figure:
-    """Mean success with 95% intervals over steps, and over minutes."""
-    figure = new_figure(11, 4.2)
-    all_axes = figure.subplots(1, 2)
+def draw_curves(groups: Sequence[Group], over_minutes: bool = True) -> Figure:
+    """Mean success with 95% intervals over steps and, unless the runs' minutes do not compare, over minutes."""
+    figure = new_figure(11 if over_minutes else 7, 4.2)
+    all_axes = figure.subplots(1, 1 + over_minutes, squeeze=False)[0]
     cfg, rng = groups[0].runs[0].cfg, np.random.default_rng(0)
     for group in groups:
         success = group.success()[..., 1:]  # [S,evaluations,T]
@@ -22,14 +22,14 @@ def draw_curves(groups: Sequence[Group]) -> Figure:
         name = f"{group.label}, {len(group.runs)} seed{'s' if len(group.runs) > 1 else ''}"
         bounds = [Drawn.of(success[:, i], rng).mean() for i in range(success.shape[1])] if len(success) > 1 else []
         places = [np.array(groups[0].runs[0].steps) / 1000, np.mean([run.minutes for run in group.runs], 0)]
-        for axes, x in zip(all_axes, places, strict=True):
+        for axes, x in zip(all_axes, places, strict=False):
             (line,) = axes.plot(x, mean, "o-", ms=3, lw=1.8, label=name)
             if bounds:
                 axes.fill_between(
                     x, [b.low for b in bounds], [b.high for b in bounds], color=line.get_color(), alpha=0.18, lw=0
                 )
     titles = ["environment steps a task (thousands)", "minutes (mean of the seeds)"]
-    for axes, title in zip(all_axes, titles, strict=True):
+    for axes, title in zip(all_axes, titles, strict=False):
         axes.set(xlabel=title, ylabel="success rate", ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
     figure.suptitle(f"{cfg.n_tasks} tasks: mean success with 95% intervals over seeds", fontsize=11)

@@ -29,6 +29,8 @@ class CompareArgs:
     """Look at the first so many steps a task of each run: for runs of different length."""
     thresholds: tuple[float, ...] = (0.5, 0.8)
     """Mean success whose first crossing is timed."""
+    steps_only: bool = False
+    """Draw curves over steps alone: of runs whose minutes do not compare, on several machines or beside other work."""
     out: Path | None = None
     """A directory for compare.json, compare.md, compare.png (curves) and compare_tasks.png."""
 
@@ -52,7 +54,7 @@ def run(args: list[str]) -> int:
         report = {"command": " ".join(["d2r compare", *args]), "versions": versions, **result}
         write_output(wanted.out / "compare.json", json.dumps(report, indent=1) + "\n")
         write_output(wanted.out / "compare.md", markdown(result))
-        pictures = {"compare.png": draw_curves(groups), "compare_tasks.png": draw_tasks(result)}
+        pictures = {"compare.png": draw_curves(groups, not wanted.steps_only), "compare_tasks.png": draw_tasks(result)}
         for path in (wanted.out / "compare.json", wanted.out / "compare.md", *save_pictures(wanted.out, pictures)):
             print(f"written    {path}")
     return 0

@@ -310,6 +310,8 @@ def test_pictures_show_groups_and_intervals(tmp_path):
     assert curves.axes[0].lines[0].get_ydata()[-1] == pytest.approx(0.6)
     assert curves.axes[1].lines[1].get_xdata().tolist() == [1, 2, 3]
     assert [len(axes.collections) for axes in curves.axes] == [1, 1]  # a single seed has no band
+    (alone,) = draw_curves(groups, over_minutes=False).axes
+    assert alone.lines[1].get_xdata().tolist() == [step / 1000 for step in STEPS]
     assert [bar.get_width() for bar in tasks.axes[0].patches] == pytest.approx([0.6, 0.2, 1, 0.95, 0.9, 1])
 
 
