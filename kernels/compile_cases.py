@@ -72,18 +72,11 @@ def cases(short: bool = False) -> Iterator[tuple[str, str, str, Any, dict[str, A
 
 
 def _in_short(label: str, size: str, precision: str) -> bool:
-    """Not what compiles longest and is much like another: whole networks and the widest modules but in tf32, the
-    actor's, weight gradients of other numbers of networks, and the second of two layers with rows of 16 bytes."""
+    """Not what compiles longest and is much like another: whole networks but in tf32, the actor's, weight gradients of
+    other numbers of networks, and the second of two layers with rows of 16 bytes."""
     if label.startswith("whole_network"):
         return (size, precision) == ("critics", "tf32")
-    if label.startswith("select_routes"):
-        return True
-    widest = "N{}-K{}-D{}".format(*SIZES[-1])
-    return not (
-        (size.startswith(widest) and precision != "tf32")
-        or (label == "weight_gradient" and "-E" in size)
-        or size.startswith("256to136")
-    )
+    return not ((label == "weight_gradient" and "-E" in size) or size.startswith("256to136"))
 
 
 def _of_modules() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:

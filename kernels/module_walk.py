@@ -48,6 +48,20 @@ def store_rows(a, to_ptr, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _wanted(rows, rows_2, i):
+    """Rows of either tile that run module i, and in how many tiles there are any. Of one tile: its rows twice."""
+    _, _, inside, active = rows
+    wanted = inside & (((active >> i) & 1) != 0)
+    wanted_2 = wanted
+    n_tiles = tl.max(wanted.to(tl.int32), 0)
+    if rows_2 is not None:
+        _, _, inside_2, active_2 = rows_2
+        wanted_2 = inside_2 & (((active_2 >> i) & 1) != 0)
+        n_tiles += tl.max(wanted_2.to(tl.int32), 0)
+    return wanted, wanted_2, n_tiles
+
+
+@triton.jit
 def walk(
     h_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, rows, rows_2, n_rows,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -59,17 +73,13 @@ def walk(
     rows: a tile's slots of route 1, rows, whether they exist, and their active bits. rows_2: another's, which shares
     each chunk of weights with it; or None.
     """
-    slot, row, inside, active = rows
+    slot, row, _, _ = rows
     if rows_2 is not None:
-        slot_2, row_2, inside_2, active_2 = rows_2
+        slot_2, row_2, _, _ = rows_2
     col = tl.arange(0, BLOCK_D)
     for i in range(1, N):
-        wanted = inside & (((active >> i) & 1) != 0)
-        n_wanted = tl.max(wanted.to(tl.int32), 0)
-        if rows_2 is not None:
-            wanted_2 = inside_2 & (((active_2 >> i) & 1) != 0)
-            n_wanted += tl.max(wanted_2.to(tl.int32), 0)
-        if n_wanted > 0:
+        wanted, wanted_2, n_tiles = _wanted(rows, rows_2, i)
+        if n_tiles > 0:
             route = (i - 1) * K
             z = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
             if rows_2 is not None:
@@ -185,18 +195,14 @@ def walk_back(
 ):  # fmt: skip
     """From what `push_last` left, `touched`, back through modules N-1..1 of one network: writes both adjoints [N,B,D]
     of active modules, module 0 among them and awaited, and d_gate of active routes. rows and rows_2 as in `walk`."""
-    slot, row, inside, active = rows
+    slot, row, _, _ = rows
     if rows_2 is not None:
-        slot_2, row_2, inside_2, active_2 = rows_2
+        slot_2, row_2, _, _ = rows_2
     col = tl.arange(0, BLOCK_D)
     tl.debug_barrier()
     for i in range(N - 1, 0, -1):
-        wanted = inside & (((active >> i) & 1) != 0)
-        n_wanted = tl.max(wanted.to(tl.int32), 0)
-        if rows_2 is not None:
-            wanted_2 = inside_2 & (((active_2 >> i) & 1) != 0)
-            n_wanted += tl.max(wanted_2.to(tl.int32), 0)
-        if n_wanted > 0:
+        wanted, wanted_2, n_tiles = _wanted(rows, rows_2, i)
+        if n_tiles > 0:
             route = (i - 1) * K
             _clear_unread(to_relu_ptr, to_residual_ptr, row, wanted, touched, i, n_rows, D, RESIDUAL, BLOCK_D)
             d_main = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)

@@ -143,7 +143,7 @@ def _settings(kernel: str, precision: str, width: int, n_rows: int, n_nets: int)
     *larger, smallest = SETTINGS[kernel, precision][width > 128]
     for settings in larger:
         n_programs = n_nets * triton.cdiv(n_rows, settings.rows)
-        if n_programs >= (ENOUGH if settings.tiles == 1 else MORE_THAN_A_ROUND):
+        if enough(n_programs) if settings.tiles == 1 else n_programs >= MORE_THAN_A_ROUND:
             return settings
     return smallest
 
