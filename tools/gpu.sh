@@ -17,7 +17,7 @@
 # tests also EnvPool, Meta-World, Gymnasium, tyro, cattrs and tensorboard. Uses a copy of the tree and installs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-usage="usage: tools/gpu.sh OUT tests|update|benches|sanitize|train|rates ..."
+usage="usage: tools/gpu.sh OUT tests|cpu|update|benches|sanitize|train|rates ..."
 out=${1:?$usage}
 shift
 : "${1:?$usage}"
@@ -45,36 +45,52 @@ step() {
   tar -C "$results" -czf "$out/$part.tar.gz" .
 }
 
-tests() {
-  local workers=() file check backend dtype vectors
-  if python3 -c 'import xdist' 2> /dev/null; then workers=(-n 8); fi # every shape is a kernel to compile
-  # Each file in processes of its own: a kernel that faults takes the device with it.
-  for file in test_gpu test_gpu_full_size; do
-    step "$file" 120 15 python3 -m pytest -q -rf -p no:cacheprovider "tests/gpu/$file.py"
+# in_background NAME SECONDS COMMAND...: as step, beside what follows; `wait` for all of them.
+in_background() {
+  local name=$1 limit=$2
+  shift 2
+  timeout -k 10 "$limit" "$@" > "$results/$name.txt" 2>&1 &
+}
+
+# Kernels that the benches time are compiled here by many processes at once, and found in Triton's cache later.
+warm() {
+  local suite precision networks
+  for suite in mt10 mt50; do
+    for precision in tf32 bf16 float32; do
+      for networks in layers whole; do
+        in_background "warm_${suite}_${precision}_$networks" 200 python3 benches/update_kernels.py --suites "$suite" \
+          --precisions "$precision" --networks "$networks" --rounds 1
+      done
+    done
   done
-  step test_triton_kernels 180 15 \
-    python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/kernels/test_triton_kernels.py
-  step test_update_kernels 120 15 \
-    python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/kernels/test_update_kernels.py
-  step test_linear_kernels 120 15 \
-    python3 -m pytest -q -rf -p no:cacheprovider "${workers[@]}" tests/kernels/test_linear_kernels.py
-  step test_whole_kernels 60 15 python3 -m pytest -q -rf -p no:cacheprovider tests/kernels/test_whole_kernels.py
+}
+
+tests() {
+  local check backend dtype vectors
+  warm
+  # All at once: nothing here is timed, every shape is a kernel to compile, and a kernel that faults takes only the rest
+  # of its own process with it.
+  step tests 230 60 python3 -m pytest -q -n 12 -rfE --tb=short -p no:cacheprovider tests/gpu \
+    tests/kernels/test_triton_kernels.py tests/kernels/test_update_kernels.py tests/kernels/test_linear_kernels.py \
+    tests/kernels/test_whole_kernels.py
+  wait
   for check in "reference float64" "reference float32" "triton float32"; do
     read -r backend dtype <<< "$check"
     for vectors in golden golden_baselines; do
-      step "${vectors}_${backend}_$dtype" 30 1 \
+      in_background "${vectors}_${backend}_$dtype" 60 \
         python3 tests/check_golden.py "tests/$vectors" --device cuda --backend "$backend" --dtype "$dtype"
     done
   done
-  for file in test_gpu_acting test_gpu_runs; do
-    step "$file" 100 15 python3 -m pytest -q -rf -p no:cacheprovider "tests/gpu/$file.py"
-  done
-  step precision_error 40 8 \
+  step precision_error 60 8 \
     python3 benches/precision_error.py --device cuda --json "$results/precision_error_cuda.json"
-  # On the CPU, for the sake of instruction sets that other machines lack.
-  for file in test_routed_modules test_select_routes test_ensemble_linear test_routed_network; do
-    step "$file" 30 1 python3 -m pytest -q -p no:cacheprovider "${workers[@]}" "tests/ops/$file.py"
-  done
+  wait
+  tail -n 1 "$results"/golden*.txt
+}
+
+# The CPU's tests, for the sake of instruction sets that other machines lack.
+cpu() {
+  step cpu_tests 300 30 python3 -m pytest -q -n 14 -rfE --tb=short -p no:cacheprovider tests/ops tests/nets tests/nn \
+    tests/learning
 }
 
 # update_step SUITE: all precisions, and traces of the last.
@@ -85,6 +101,8 @@ update_step() {
 }
 
 update() {
+  step update_kernels 120 120 python3 benches/update_kernels.py --suites mt10,mt50 --precisions float32,tf32,bf16 \
+    --networks layers,whole --json "$results/update_kernels.json"
   update_step mt10
   step linear_layers 60 24 python3 benches/linear_layers.py --json "$results/linear_layers_cuda.json"
 }
@@ -165,7 +183,7 @@ rates() {
 
 for part in "$@"; do
   case $part in
-    tests | update | benches | sanitize | train | rates) ;;
+    tests | cpu | update | benches | sanitize | train | rates) ;;
     *) echo "$usage" >&2 && exit 2 ;;
   esac
   results=$(mktemp -d -p "$site")

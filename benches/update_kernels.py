@@ -1,0 +1,137 @@
+"""Where an update's time goes on a GPU: every kernel of a captured update in its order, beside what was predicted.
+
+    python benches/update_kernels.py --suites mt10,mt50 --precisions tf32,bf16 --json benches/results/CARD/kernels.json
+
+`us` is the median of single replays between two events, `us_in_a_row` the mean of many replays one after another, as
+training makes them. A kernel's time is the median over replays in a trace; `gap_us`, from the end of the kernel before
+it. Predictions are `python -m d2r_fast.kernels.cost`'s, as committed for the card.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from timing import measure, print_table, write_report
+from update_step import make_learner, variant_of
+
+from d2r_fast.kernels.launches import SUITES
+from d2r_fast.learning.learner import Learner
+from d2r_fast.ops.backends import PRECISIONS
+from d2r_fast.presets import PRESETS
+
+NETWORKS = ("layers", "whole")
+TRACED = 10
+"""Updates in a trace."""
+
+
+def captured_learner(suite: str, precision: str, networks: str) -> Learner:
+    """A learner whose update is a graph."""
+    learner = make_learner(variant_of(PRESETS[SUITES[suite]][1], "triton", precision), "cuda")
+    learner.update.whole_networks = networks == "whole"
+    learner.run(10)
+    learner.wait()
+    return learner
+
+
+def trace_of(learner: Learner) -> list[dict[str, Any]]:
+    """The kernels of one update, in their order. ValueError: updates did not run the same kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(TRACED):
+            learner.run(1)
+        torch.cuda.synchronize()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        trace.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    events = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    events.sort(key=lambda event: event["ts"])
+    n, rest = divmod(len(events), TRACED)
+    updates = [events[i * n : (i + 1) * n] for i in range(TRACED)]
+    if rest or n == 0 or any([e["name"] for e in update] != [e["name"] for e in updates[0]] for update in updates):
+        raise ValueError(f"expected the same kernels in each of {TRACED} updates, got {len(events)} in all")
+    return [_kernel(updates, i) for i in range(n)]
+
+
+def _kernel(updates: list[list[dict[str, Any]]], i: int) -> dict[str, Any]:
+    """The i-th kernel of all updates."""
+    first = updates[0][i]
+    facts = first.get("args", {})
+    gaps = [u[i]["ts"] - (u[i - 1]["ts"] + u[i - 1]["dur"]) for u in updates] if i > 0 else [0.0]
+    return {
+        "kernel": _short(first["name"]),
+        "grid": "x".join(map(str, facts.get("grid", []))),
+        "us": round(median(u[i]["dur"] for u in updates), 2),
+        "gap_us": round(median(gaps), 2),
+        "registers": facts.get("registers per thread"),
+        "shared": facts.get("shared memory"),
+    }
+
+
+def _short(name: str) -> str:
+    """A name as `cost` has it; of torch's templates, where they begin."""
+    return name.removesuffix("_kernel") if name.endswith("_kernel") else name[:60]
+
+
+def predicted_us(path: Path) -> dict[tuple[str, str, str], dict[str, float]]:
+    """Of each kernel the us of all its launches in an update, by suite, precision and networks."""
+    if not path.is_file():
+        return {}
+    sums: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        own = sums[row["suite"], row["precision"], row["networks"]] = defaultdict(float)
+        for line in row.get("lines", []):
+            own[line["kernel"]] += line["us"]
+    return sums
+
+
+def by_kernel(kernels: list[dict[str, Any]], predicted: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Sums over an update's launches, longest first."""
+    groups = defaultdict(list)
+    for kernel in kernels:
+        groups[kernel["kernel"]].append(kernel)
+    for name, group in sorted(groups.items(), key=lambda pair: -sum(k["us"] for k in pair[1])):
+        row = {"kernel": name, "launches": len(group), "us": round(sum(k["us"] for k in group), 1)}
+        yield row | {"gaps_us": round(sum(k["gap_us"] for k in group), 1), "predicted_us": round(predicted.get(name, 0))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suites", default="mt10,mt50", help=f"comma separated, of {', '.join(SUITES)}")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="comma separated")
+    parser.add_argument("--networks", default="layers", help=f"comma separated, of {', '.join(NETWORKS)}")
+    parser.add_argument("--rounds", type=int, default=200, help="replays measured")
+    parser.add_argument("--predicted", type=Path, default=Path(__file__).parent / "results" / "cost_h200.json")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    args = parser.parse_args()
+    predicted, rows = predicted_us(args.predicted), []
+    for of in product(args.suites.split(","), args.precisions.split(","), args.networks.split(",")):
+        learner = captured_learner(*of)
+        times = measure({"one": lambda learner=learner: learner.run(1)}, "cuda", args.rounds)["one"]
+        in_a_row = measure({"many": lambda learner=learner: learner.run(args.rounds)}, "cuda", 3)["many"].median
+        kernels = trace_of(learner)
+        learner.require_finite()
+        row = dict(zip(("suite", "precision", "networks"), of, strict=True))
+        row |= {"captured": learner._one_update.is_captured, "us": round(1e3 * times.median, 1)}
+        row |= {"p10_us": round(1e3 * times.quantile(0.1), 1), "p90_us": round(1e3 * times.quantile(0.9), 1)}
+        row |= {"us_in_a_row": round(1e3 * in_a_row / args.rounds, 1), "launches": len(kernels)}
+        row |= {"kernels_us": round(sum(k["us"] for k in kernels), 1)}
+        row |= {"predicted_us": round(sum(predicted.get(of, {}).values()))}
+        rows.append(row | {"kernels": kernels})
+        print(f"\n{', '.join(of)}: {row['us_in_a_row']} us an update")
+        print_table(list(by_kernel(kernels, predicted.get(of, {}))), ["kernel", "launches", "us", "gaps_us", "predicted_us"])
+    print()
+    print_table(rows, [name for name in rows[0] if name != "kernels"])
+    write_report(args.json, "python " + " ".join(["benches/update_kernels.py", *sys.argv[1:]]), "cuda", rows)
+
+
+if __name__ == "__main__":
+    main()
