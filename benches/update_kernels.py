@@ -100,7 +100,10 @@ def by_kernel(kernels: list[dict[str, Any]], predicted: dict[str, float]) -> Ite
         groups[kernel["kernel"]].append(kernel)
     for name, group in sorted(groups.items(), key=lambda pair: -sum(k["us"] for k in pair[1])):
         row = {"kernel": name, "launches": len(group), "us": round(sum(k["us"] for k in group), 1)}
-        yield row | {"gaps_us": round(sum(k["gap_us"] for k in group), 1), "predicted_us": round(predicted.get(name, 0))}
+        yield row | {
+            "gaps_us": round(sum(k["gap_us"] for k in group), 1),
+            "predicted_us": round(predicted.get(name, 0)),
+        }
 
 
 def main() -> None:
@@ -117,7 +120,11 @@ def main() -> None:
         learner = captured_learner(*of)
         times = measure({"one": lambda learner=learner: learner.run(1)}, "cuda", args.rounds)["one"]
         in_a_row = measure({"many": lambda learner=learner: learner.run(args.rounds)}, "cuda", 3)["many"].median
-        kernels = trace_of(learner)
+        try:
+            kernels = trace_of(learner)
+        except ValueError as error:
+            print(f"{', '.join(of)}: {error}")
+            kernels = []
         learner.require_finite()
         row = dict(zip(("suite", "precision", "networks"), of, strict=True))
         row |= {"captured": learner._one_update.is_captured, "us": round(1e3 * times.median, 1)}
@@ -127,7 +134,8 @@ def main() -> None:
         row |= {"predicted_us": round(sum(predicted.get(of, {}).values()))}
         rows.append(row | {"kernels": kernels})
         print(f"\n{', '.join(of)}: {row['us_in_a_row']} us an update")
-        print_table(list(by_kernel(kernels, predicted.get(of, {}))), ["kernel", "launches", "us", "gaps_us", "predicted_us"])
+        sums = list(by_kernel(kernels, predicted.get(of, {})))
+        print_table(sums, list(sums[0]) if sums else [])
     print()
     print_table(rows, [name for name in rows[0] if name != "kernels"])
     write_report(args.json, "python " + " ".join(["benches/update_kernels.py", *sys.argv[1:]]), "cuda", rows)

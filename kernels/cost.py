@@ -288,7 +288,7 @@ def main() -> None:
         launches = 1e6 * card.launch * n_kernels
         print(f"{total:.0f} us predicted, {launches:.0f} of them {n_kernels} launches; by what bounds it: {shares}")
         row = {"suite": suite, "precision": precision, "networks": networks, "card": args.card, "us": round(total, 1)}
-        launched = [{"kernel": line.kernel, "grid": line.grid, "us": round(line.us, 1), "bound": line.bound} for line in lines]
+        launched = [{"kernel": n.kernel, "grid": n.grid, "us": round(n.us, 1), "bound": n.bound} for n in lines]
         rows.append(row | {"kernels": n_kernels, "bounds": by_bound, "lines": launched})
     if args.json is not None:
         command = " ".join(["python -m d2r_fast.kernels.cost", *sys.argv[1:]])

@@ -3,6 +3,7 @@
 #
 #   bash tools/gpu.sh OUT PART...     OUT/PART.tar.gz then holds every log, table, JSON and picture of the part
 #
+#   warm      compiles what update times, by many processes at once; beside tests, in the background
 #   tests     GPU tests, the Triton kernels on the device, golden vectors, errors by precision
 #   update    the update of MT10 with its traces, the linear layers against torch's products: three minutes
 #   benches   the update of MT50, the operation, acting, memory
@@ -17,7 +18,7 @@
 # tests also EnvPool, Meta-World, Gymnasium, tyro, cattrs and tensorboard. Uses a copy of the tree and installs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-usage="usage: tools/gpu.sh OUT tests|cpu|update|benches|sanitize|train|rates ..."
+usage="usage: tools/gpu.sh OUT warm|tests|cpu|update|benches|sanitize|train|rates ..."
 out=${1:?$usage}
 shift
 : "${1:?$usage}"
@@ -52,22 +53,23 @@ in_background() {
   timeout -k 10 "$limit" "$@" > "$results/$name.txt" 2>&1 &
 }
 
-# Kernels that the benches time are compiled here by many processes at once, and found in Triton's cache later.
+# Found in Triton's cache later.
 warm() {
   local suite precision networks
   for suite in mt10 mt50; do
     for precision in tf32 bf16 float32; do
       for networks in layers whole; do
-        in_background "warm_${suite}_${precision}_$networks" 200 python3 benches/update_kernels.py --suites "$suite" \
+        in_background "${suite}_${precision}_$networks" 200 python3 benches/update_kernels.py --suites "$suite" \
           --precisions "$precision" --networks "$networks" --rounds 1
       done
     done
   done
+  in_background linear_layers 200 python3 benches/linear_layers.py --rounds 1
+  wait
 }
 
 tests() {
   local check backend dtype vectors
-  warm
   # All at once: nothing here is timed, every shape is a kernel to compile, and a kernel that faults takes only the rest
   # of its own process with it.
   step tests 230 60 python3 -m pytest -q -n 12 -rfE --tb=short -p no:cacheprovider tests/gpu \
@@ -183,14 +185,14 @@ rates() {
 
 for part in "$@"; do
   case $part in
-    tests | cpu | update | benches | sanitize | train | rates) ;;
+    warm | tests | cpu | update | benches | sanitize | train | rates) ;;
     *) echo "$usage" >&2 && exit 2 ;;
   esac
   results=$(mktemp -d -p "$site")
   step machine 60 6 python3 -c 'import torch, triton; assert torch.cuda.is_available(), "no GPU: torch finds none"
 print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
   if [ "${#failed[@]}" != 0 ]; then break; fi
-  if [ ! -d build ]; then step build 90 5 python3 setup.py -q build_ext --inplace; fi
+  if [ "$part" != warm ] && ! [ -f d2r_fast/_cpu.so ]; then step build 90 5 python3 setup.py -q build_ext --inplace; fi
   "$part"
 done
 if [ "${#failed[@]}" != 0 ]; then
