@@ -14,7 +14,7 @@ from d2r_fast.kernels.gumbel import gumbel_kernel
 from d2r_fast.kernels.layers import base_launch, split_base_bwd_kernel, split_base_kernel
 from d2r_fast.kernels.module_levels import mix_bwd_kernel, mix_fwd_kernel, mix_launch
 from d2r_fast.kernels.replay_rows import replay_rows_kernel, rows_launch
-from d2r_fast.kernels.routed_modules import routed_modules_bwd_kernel, routed_modules_fwd_kernel
+from d2r_fast.kernels.routed_modules import SORT_FROM_ROWS, routed_modules_bwd_kernel, routed_modules_fwd_kernel
 from d2r_fast.kernels.row_order import LAUNCH as ORDER_LAUNCH
 from d2r_fast.kernels.row_order import row_order_kernel
 from d2r_fast.kernels.sac_losses import losses_launch, sac_losses_kernel
@@ -39,13 +39,19 @@ LAYERS = ((N_OBS + N_ACTIONS, 400), (400, 400), (256, 136), (128, 1))
 
 
 _WALKS = {"routed_modules_fwd": routed_modules_fwd_kernel, "routed_modules_bwd": routed_modules_bwd_kernel}
-_WALK_FLAGS = {"RESIDUAL": True, "order_ptr": None}
+_WALK_FLAGS = {"RESIDUAL": True}
 _BACK_FLAGS = _WALK_FLAGS | {"FIRST_RELU": True}
 
 
 def kept_in(precision: str, *names: str) -> dict[str, dict[str, str]]:
     """These pointers as an update has them: what products in bf16 read lies in memory as that."""
     return {"types": dict.fromkeys(names, "*bf16") if precision == "bf16" else {}}
+
+
+def _walk_case(kernel: str, precision: str, n: int, k: int, d: int, n_rows: int, n_nets: int) -> dict[str, Any]:
+    """`walk_launch`, and whether rows come sorted."""
+    order = {} if n_rows * n_nets > SORT_FROM_ROWS else {"order_ptr": None}
+    return walk_launch(kernel, precision, n, k, d, n_rows, n_nets) | order
 
 
 def _of_networks(
@@ -84,7 +90,7 @@ def _of_modules() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         size = f"N{n}-K{k}-D{d}"
         for precision in PRECISIONS:
             for name, kernel in _WALKS.items():
-                for which, launch in _of_networks(partial(walk_launch, name, precision, n, k, d), (ROWS, MANY_ROWS)):
+                for which, launch in _of_networks(partial(_walk_case, name, precision, n, k, d), (ROWS, MANY_ROWS)):
                     in_bf16 = kept_in(precision, "weight_ptr", "mixed_ptr")
                     flags = _BACK_FLAGS if name == "routed_modules_bwd" else _WALK_FLAGS
                     yield name, size + which, precision, kernel, launch | flags | in_bf16
@@ -103,7 +109,7 @@ def _of_modules() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         yield "select_routes_bwd", size, "float32", select_routes_bwd_kernel, shared
     for n, k, d in NARROW:
         for precision in PRECISIONS:
-            backward = walk_launch("routed_modules_bwd", precision, n, k, d, ROWS, 1) | _BACK_FLAGS
+            backward = _walk_case("routed_modules_bwd", precision, n, k, d, ROWS, 1) | _BACK_FLAGS
             yield "routed_modules_bwd", f"N{n}-K{k}-D{d}", precision, routed_modules_bwd_kernel, backward
     n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS, 2)["SPLIT_ROWS"])
     reduce = {"N_SPLITS": n_splits, "member_ptr": None} | REDUCE_LAUNCH

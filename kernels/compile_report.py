@@ -45,9 +45,9 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 ALIGNED = ("n_weights", "n_biases", "n", "targets_begin", "n_targets")
 """Whole numbers that the launcher finds to be multiples of 16 at every size here."""
 TYPES = {
-    "*i32": ("index_ptr", "given_ptr", "active_ptr", "list_ptr"),
+    "*i32": ("index_ptr", "given_ptr", "active_ptr", "list_ptr", "order_ptr"),
     "*i64": (
-        *("size_ptr", "step_ptr", "table_ptr", "order_ptr", "place_ptr", "task_place_ptr", "task_ptr", "line_ptr"),
+        *("size_ptr", "step_ptr", "table_ptr", "place_ptr", "task_place_ptr", "task_ptr", "line_ptr"),
         "member_ptr",
     ),
     "*u8": ("route_ptr", "routes_ptr"),

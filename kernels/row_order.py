@@ -30,7 +30,7 @@ def row_order_kernel(active_ptr, order_ptr, N_ROWS: tl.constexpr, BLOCK_ROWS: tl
         exists = other < N_ROWS
         before = _key(tl.load(active_ptr + other, mask=exists, other=0), other)[None, :] < own[:, None]
         place += tl.sum((before & exists[None, :]).to(tl.int32), 1)
-    tl.store(order_ptr + net * N_ROWS + place, row.to(tl.int64), mask=inside)
+    tl.store(order_ptr + net * N_ROWS + place, row, mask=inside)
 
 
 @triton.jit
@@ -40,9 +40,9 @@ def _key(active, row):
 
 
 def row_order(active: Tensor) -> Tensor:
-    """[E,B] int64 of active [E,B] int32: the rows of every network by their bits, read as a number, from the
+    """[E,B] int32 of active [E,B] int32: the rows of every network by their bits, read as a number, from the
     largest on; those with the same as they come."""
-    order = torch.empty_like(active, dtype=torch.int64)
+    order = torch.empty_like(active)
     if order.numel() > 0:
         grid = (triton.cdiv(active.shape[1], LAUNCH["BLOCK_ROWS"]), len(active))
         row_order_kernel[grid](active, order, N_ROWS=active.shape[1], **LAUNCH)

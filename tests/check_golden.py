@@ -357,7 +357,7 @@ def check_reset(v: Vector) -> Iterator[Quantity]:
     yield "task_loss", task_loss, v["task_loss"]
     yield "extreme", extreme, v["extreme"]
     yield "row_loss_masked", leave_out(v["row_loss"], v["task_id"], extreme), v["row_loss_masked"]
-    uniform = torch.zeros(len(extreme), len(extreme), dtype=v["uniform"].dtype)
+    uniform = v["uniform"].new_zeros(len(extreme), len(extreme))
     uniform[extreme[:, None] & ~extreme] = v["uniform"].flatten()
     yield "weight_after", reset_extreme(v["weight_before"], extreme, uniform), v["weight_after"]
 

@@ -62,7 +62,7 @@ def make_modules(e, b, n, k, d, kind="random", flow="random"):
 def run_triton(case, cotangent, residual=True, precision="float32", sort_rows=False):
     """Output and gradients by name, as `run` of the reference."""
     h0, weight, bias, routes = case
-    order = routes.active.argsort(dim=1, stable=True) if sort_rows else None
+    order = routes.active.argsort(dim=1, stable=True).int() if sort_rows else None
     mixed, h, opened = triton_modules.forward(h0, weight, bias, routes, residual, precision, True, order)
     grads = triton_modules.backward(cotangent.to(h0.dtype), weight, h, opened, routes, residual, precision, True, order)
     return dict(zip(("out", "h0", "weight", "bias", "gate"), (mixed, *grads), strict=True))
@@ -416,7 +416,7 @@ def test_parameters_that_lie_elsewhere(sort_rows):
     parts = [part for net in (4, 3, 2, 1, 0) for part in (weight[net].reshape(-1), bias[net].reshape(-1))]
     buffer, w, b = torch.cat(parts), weight[0].numel(), bias[0].numel()
     place = torch.tensor([[net * (w + b), net * (w + b) + w, 0] for net in (4, 3, 2, 1, 0)], device=DEVICE)
-    order = routes.active.argsort(dim=1, stable=True) if sort_rows else None
+    order = routes.active.argsort(dim=1, stable=True).int() if sort_rows else None
     mixed, h, opened = triton_modules.forward(h0, buffer, buffer, routes, True, "float32", True, order, place)
     whole = run_triton((h0, weight, bias, routes), torch.zeros_like(h0))
     assert torch.equal(mixed, whole["out"])
@@ -451,14 +451,14 @@ def test_parameters_that_lie_elsewhere(sort_rows):
 @pytest.mark.parametrize(("e", "b"), [(1, 1), (2, 31), (3, 300)])
 def test_the_order_of_rows_is_a_stable_sort(e, b):
     active = torch.randint(-8, 8, (e, b), device=DEVICE).int() * 2**28  # module 31 is the sign
-    expected = (active.long() & 0xFFFFFFFF).argsort(dim=1, descending=True, stable=True)
+    expected = (active.long() & 0xFFFFFFFF).argsort(dim=1, descending=True, stable=True).int()
     assert torch.equal(triton_order.row_order(active), expected)
 
 
 def test_many_rows_are_sorted_and_few_are_not(monkeypatch):
     monkeypatch.setattr(triton_modules, "SORT_FROM_ROWS", 60)
     active = torch.randint(0, 99, (2, 31), device=DEVICE).int()
-    expected = active.argsort(dim=1, descending=True, stable=True)
+    expected = active.argsort(dim=1, descending=True, stable=True).int()
     assert torch.equal(triton_modules.order_if_many(active), expected)
     assert triton_modules.order_if_many(active[:, :30].contiguous()) is None
 

@@ -458,5 +458,5 @@ def test_the_operations_run_these_kernels_and_can_be_captured(monkeypatch):
         replayed = [value.clone() for value in (*results, *state)]
         for value, old in zip(inputs, before, strict=True):
             value.copy_(old)
-        for a, b in zip(replayed, [*run(), *state], strict=True):
-            assert torch.equal(a, b)
+        for ours, eager in zip(replayed, [*run(), *state], strict=True):
+            assert torch.equal(ours, eager)
