@@ -91,7 +91,7 @@ def _of_modules() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         for precision in PRECISIONS:
             for name, kernel in _WALKS.items():
                 for which, launch in _of_networks(partial(_walk_case, name, precision, n, k, d), (ROWS, MANY_ROWS)):
-                    in_bf16 = kept_in(precision, "weight_ptr", "mixed_ptr")
+                    in_bf16 = kept_in(precision, "weight_ptr", "mixed_ptr", "d_h0_ptr")
                     flags = _BACK_FLAGS if name == "routed_modules_bwd" else _WALK_FLAGS
                     yield name, size + which, precision, kernel, launch | flags | in_bf16
             for which, launch in _of_networks(partial(gradient_launch, precision, n, k, d)):
@@ -161,7 +161,7 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
                 if name == "bwd":
                     flags |= {"E": 2, "FIRST": 0, "STEP": 1} | ({"x_ptr": None} if shared else {"y_ptr": None})
                 if name != "gradient" and not shared:
-                    flags |= kept_in(precision, "x_ptr", "weight_ptr", "y_ptr")
+                    flags |= kept_in(precision, "x_ptr", "weight_ptr", "y_ptr", "d_y_ptr", "d_x_ptr")
                 launch_of = partial(ensemble_linear.linear_launch, name, precision, n_in, n_out)
                 for which, launch in _of_networks(launch_of):
                     yield f"ensemble_linear_{name}", f"{n_in}to{n_out}{which}", precision, kernel, launch | flags
@@ -171,11 +171,13 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
             ("split_base_bwd", split_base_bwd_kernel, "bwd", 128),
         ):
             for which, launch in _of_networks(partial(base_launch, way, precision, 400, n_out)):
-                in_bf16 = kept_in(precision, "x_ptr", "weights_ptr", "scaled_ptr", "positive_ptr")
+                in_bf16 = kept_in(
+                    precision, "x_ptr", "weights_ptr", "scaled_ptr", "positive_ptr", "d_y_ptr", "d_f_ptr", "d_g_ptr"
+                )
                 yield name, f"H400{which}", precision, kernel, launch | {"T": 10} | in_bf16
     for precision in PRECISIONS:
         for which, launch in _of_networks(partial(_largest_gradients, precision)):
-            in_bf16 = kept_in(precision, "act_ptr", "second_act_ptr")
+            in_bf16 = kept_in(precision, "act_ptr", "d_z_ptr")
             yield (
                 "network_gradient",
                 f"any{which}",
@@ -187,7 +189,7 @@ def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any
 
 def _largest_gradients(precision: str, n_rows: int, n_nets: int) -> dict[str, Any]:
     """The launch of two layers' gradients a network."""
-    of_layer = Product(Rows(False, 0, 400), False, 0, 400, 400, 0)
+    of_layer = Product(Rows(0, 400), False, 0, 400, 400, 0)
     return network_gradient.gradient_launch([of_layer] * 2 * n_nets, precision, n_rows)
 
 

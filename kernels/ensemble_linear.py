@@ -18,6 +18,7 @@ from d2r_fast.kernels.tiles import (
     load_d_z,
     load_tile,
     rounded_product,
+    zeros_for,
 )
 from d2r_fast.kernels.weight_gradient import sum_parts
 from d2r_fast.ops.backends import check_precision
@@ -34,18 +35,27 @@ class Tile(NamedTuple):
 
 
 Tiles = dict[str, list[Tile]]  # by precision
-# From large, which reads least, to small, of which there are most programs. Chosen by what sm_90 code they compile to
-# (compile_report) and by `d2r_fast.kernels.cost`, before any timing. float32's products on the CUDA
-# cores are bound by arithmetic, whatever is read.
-TILES: Tiles = {
-    "float32": [Tile(64, 64, 16, 8, 3)],
-    "tf32": [Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
-    "bf16": [Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3)],
+# From large, which reads least, to small, of which there are most programs. Measured on an H200 at the published sizes
+# (benches/NOTES.md). In bf16 both operands go to the tensor cores as they lie in memory; in the others they pass
+# through registers, to be rounded or split, and a wgmma then waits for what it reads to be put back.
+FORWARD: Tiles = {
+    "float32": [Tile(64, 64, 32, 4, 3)],
+    "tf32": [Tile(128, 128, 32, 16, 3), Tile(64, 128, 32, 4, 3), Tile(32, 64, 64, 4, 3)],
+    "bf16": [Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4)],
 }
-
-# Of layers forward and to their inputs, where rows of x begin at multiples of 16 bytes. Where each number is addressed
-# by itself, that takes the registers; and so does what the gradient of a weight is made of.
-WIDE_TILES: Tiles = TILES | {precision: [Tile(128, 256, 32, 8, 3), *TILES[precision]] for precision in ("tf32", "bf16")}
+# Not by wgmma, which takes the weights of this product turned round in bf16 alone.
+BACKWARD: Tiles = FORWARD | {precision: [Tile(32, 64, 64, 4, 3)] for precision in ("float32", "tf32")}
+GRADIENT: Tiles = {
+    "float32": [Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
+    "tf32": [Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
+    # Of one warpgroup. Between what threads put into shared memory and wgmma's reads of it Triton 3.9 makes a fence
+    # behind the barrier, not in front of it, where the other operand is copied there: with several warpgroups, one's
+    # products could be made before another's threads are past theirs.
+    "bf16": [Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)],
+}
+# Of rows of x that do not begin at multiples of 16 bytes, which are copied number by number: a short row all at once.
+ODD_FORWARD: Tiles = FORWARD | {precision: [Tile(64, 64, 64, 4, 3)] for precision in ("float32", "tf32")}
+ODD_BACKWARD: Tiles = {precision: [Tile(16, 64, 64, 4, 3)] for precision in FORWARD}
 
 
 def tile_of(precision: str, sizes: Sequence[tuple[int, int]], tiles: Tiles) -> Tile:
@@ -106,7 +116,7 @@ def ensemble_linear_bwd_kernel(
     """
     row, inside = block(tl.program_id(0), n_rows, BLOCK_ROWS)
     feature, exists = block(tl.program_id(1), N_IN, BLOCK_IN)
-    d_x = tl.zeros((BLOCK_ROWS, BLOCK_IN), d_x_ptr.dtype.element_ty)
+    d_x = zeros_for(d_x_ptr, BLOCK_ROWS, BLOCK_IN)
     own = tl.program_id(2).to(tl.int64)
     for other in range(E if SHARED else 1):
         net = own + FIRST + other * STEP
@@ -172,7 +182,8 @@ def linear_launch(
     split_rows = min(8192, max(256, triton.next_power_of_2(triton.cdiv(n_rows, 8))))
     n_splits = triton.cdiv(n_rows, split_rows) if kernel == "gradient" else 1
     if tiles is None:
-        tiles = WIDE_TILES if kernel != "gradient" and n_in % 4 == 0 else TILES
+        odd = n_in % 4 != 0
+        tiles = {"fwd": ODD_FORWARD if odd else FORWARD, "bwd": ODD_BACKWARD if odd else BACKWARD}.get(kernel, GRADIENT)
     tile = tile_of(precision, [(widths[first], widths[second])] * (n_nets * n_splits), tiles)
     blocks = {
         f"BLOCK_{first}": _fitting(tile.first, widths[first]),
@@ -253,7 +264,8 @@ def backward_at(
     """Writes d_x [M,B,in] from d_y [M,B,out]; with `shared`, d_x [B,in], a sum over these of the M networks.
 
     weights and place as in `forward_at`. x [M or more,B,in]: a ReLU gave what the layer reads, and d_x is the gradient
-    in front of it, so that who reads it, several times, needs no x; None: there is no ReLU.
+    in front of it, so that who reads it, several times, needs no x; None: there is no ReLU. All but place may be
+    bfloat16 where products are.
     """
     n_rows, n_out = d_y.shape[1:]
     n_in = d_x.shape[-1]

@@ -87,7 +87,7 @@ class RecordCalls(TorchDispatchMode):
         self.calls: list[Call] = []
         self._storages: dict[int, tuple[int, StorageWeakRef]] = {}  # by address, which a reference to it keeps
         self._n_storages = 0
-        self._tables: dict[int, list[list[Any]]] = {}  # what each table of gradients says, by its storage
+        self._tables: dict[int, list[Any]] = {}  # what each table of gradients says, by its storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -129,9 +129,9 @@ class RecordCalls(TorchDispatchMode):
             arguments["of_table"] = self._tables.get(self._noted(arguments["table_ptr"]).storage)
         self._note("ours", f"{kernel.fn.__name__} (Triton)", kernel, arguments, [], tuple(grid))
 
-    def keep_table(self, table: Tensor, passes: list[list[Any]]) -> None:
+    def keep_table(self, table: Tensor, gradients: list[Any]) -> None:
         """Note of what a table is, whose tensor holds nothing."""
-        self._tables[self._noted(table).storage] = passes
+        self._tables[self._noted(table).storage] = gradients
 
     def _note(
         self, kind: str, name: str, kernel: Any, arguments: dict[str, Any], results: list[Memory], grid: tuple[int, ...]
@@ -183,9 +183,9 @@ def pretended_gpu(recorder: RecordCalls) -> Iterator[None]:
 
     make_table = network_gradient.gradient_table
 
-    def table(like: Tensor, passes: Sequence[Sequence[Any]], precision: str, n_rows: int) -> network_gradient.Table:
-        made = make_table(like, passes, precision, n_rows)
-        recorder.keep_table(made.lines, [list(gradients) for gradients in passes])
+    def table(like: Tensor, gradients: Sequence[Any], precision: str, n_rows: int) -> network_gradient.Table:
+        made = make_table(like, gradients, precision, n_rows)
+        recorder.keep_table(made.lines, list(gradients))
         return made
 
     on_cpu, fake = torch.Generator, FakeTensorMode()  # which imports much that must see torch as it is
@@ -195,6 +195,10 @@ def pretended_gpu(recorder: RecordCalls) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch, "Generator", lambda device=None: on_cpu()))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", nullcontext))
         stack.enter_context(mock.patch.object(torch.cuda, "Event", mock.Mock))
+        # Branches are noted where they begin: what runs beside what is not told.
+        stack.enter_context(mock.patch.object(torch.cuda, "Stream", mock.Mock))
+        stack.enter_context(mock.patch.object(torch.cuda, "stream", nullcontext))
+        stack.enter_context(mock.patch.object(torch.cuda, "current_stream", mock.Mock()))
         stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", lambda device=None: (2**40, 2**40)))
         # An update is captured there: what would wait for the device becomes an assertion on it.
         stack.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True))

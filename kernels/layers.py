@@ -7,14 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2r_fast.kernels.ensemble_linear import TILES, linear_launch
+from d2r_fast.kernels.ensemble_linear import Tile, Tiles, linear_launch
 from d2r_fast.kernels.settings import check_dtype
-from d2r_fast.kernels.tiles import at_place, block, by_rows, linear_tile, linear_tile_backward, load_tile
+from d2r_fast.kernels.tiles import at_place, block, by_rows, linear_tile, linear_tile_backward, load_tile, zeros_for
 
 # With 32 numbers a thread: what a product meets takes as many registers again, several times.
-_TILES = {
-    precision: [tile for tile in tiles if tile.first * tile.second <= 32 * 32 * tile.num_warps]
-    for precision, tiles in TILES.items()
+_FORWARD: Tiles = {
+    "float32": [Tile(64, 64, 32, 4, 3)],
+    "tf32": [Tile(128, 128, 32, 16, 3), Tile(64, 64, 32, 4, 3)],
+    "bf16": [Tile(128, 128, 32, 16, 3), Tile(64, 64, 64, 4, 4)],
+}
+_BACKWARD: Tiles = {
+    "float32": [Tile(32, 64, 64, 4, 3)],
+    "tf32": [Tile(32, 64, 64, 4, 3)],
+    "bf16": [Tile(32, 64, 128, 4, 3)],
 }
 
 
@@ -76,7 +82,7 @@ def split_base_bwd_kernel(
     row, inside = block(tl.program_id(0), n_rows, BLOCK_ROWS)
     feature, exists = block(tl.program_id(1), N_IN, BLOCK_IN)
     gradient = net * n_rows * N_OUT
-    d_positive = tl.zeros((BLOCK_ROWS, BLOCK_IN), d_f_ptr.dtype.element_ty)
+    d_positive = zeros_for(d_f_ptr, BLOCK_ROWS, BLOCK_IN)
     d_positive = linear_tile_backward(
         d_positive, d_y_ptr + gradient, None, row, inside, at_place(weights_ptr, place_ptr, net, 0, N_IN), feature,
         N_IN, N_OUT, PRECISION, BLOCK_DEPTH,
@@ -93,7 +99,7 @@ def split_base_bwd_kernel(
 
 def base_launch(way: str, precision: str, n_in: int, n_out: int, n_rows: int, n_nets: int) -> dict[str, Any]:
     """Constants and options of either kernel, all but T: as `linear_launch`, in smaller tiles."""
-    return linear_launch(way, precision, n_in, n_out, n_rows, n_nets, _TILES)
+    return linear_launch(way, precision, n_in, n_out, n_rows, n_nets, _FORWARD if way == "fwd" else _BACKWARD)
 
 
 def split_base(
@@ -118,8 +124,9 @@ def split_base_backward(
     task: Tensor, n_tasks: int, d_f: Tensor, d_g: Tensor, precision: str,
 ) -> None:  # fmt: skip
     """Writes the gradients of f and g [E,B,H], of the first networks that f is of: from that of f g, and from d_y
-    [E,B,out] of the layer whose weight is at `place`, which reads ReLU(f). The rest as `split_base`."""
-    check_dtype("d_y", d_y)
+    [E,B,out] of the layer whose weight is at `place`, which reads ReLU(f). d_f, d_g, d_y and weights may be bfloat16 where
+    products are. The rest as `split_base`."""
+    check_dtype("d_scaled", d_scaled)
     n_nets, n_rows, width = d_scaled.shape
     if d_scaled.numel() > 0:
         launch = base_launch("bwd", precision, width, d_y.shape[-1], n_rows, n_nets)

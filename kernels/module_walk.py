@@ -1,11 +1,10 @@
-"""A tile of rows on its way through the N modules of a network, forward and back: what programs of `routed_modules` and
-`whole_network` do between module 0's output and what the last route mixes.
+"""A tile of rows on its way through the N modules of a network, forward and back: what a program of `routed_modules`
+does between module 0's output and what the last route mixes.
 
 A module's sources are rows of the same tile, so one program walks all modules by itself. What it writes for one module
-it reads for a later one: same program, but other threads, hence the barrier after every module. A tile that skips a
-module with all its rows pays one reduction for it.
-
-Two tiles may walk side by side: each chunk of weights, most of what is read from the L2, then serves both.
+it reads for a later one: same program, but other threads, hence the barrier after every module. The walk is a chain of
+waits for memory, so whatever does not depend on the module before is asked for early and all at once. A tile skips a
+module that none of its rows runs.
 """
 
 import triton
@@ -48,79 +47,58 @@ def store_rows(a, to_ptr, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _wanted(rows, rows_2, i):
-    """Rows of either tile that run module i, and in how many tiles there are any. Of one tile: its rows twice."""
+def touched_modules(rows):
+    """Bits of the modules that any row of a tile runs."""
     _, _, inside, active = rows
-    wanted = inside & (((active >> i) & 1) != 0)
-    wanted_2 = wanted
-    n_tiles = tl.max(wanted.to(tl.int32), 0)
-    if rows_2 is not None:
-        _, _, inside_2, active_2 = rows_2
-        wanted_2 = inside_2 & (((active_2 >> i) & 1) != 0)
-        n_tiles += tl.max(wanted_2.to(tl.int32), 0)
-    return wanted, wanted_2, n_tiles
+    return tl.reduce_or(tl.where(inside, active, 0), 0)
+
+
+@triton.jit
+def _weights(weight_ptr, i, first, second, D: tl.constexpr):
+    """Rows `first` and columns `second` of module i's weight."""
+    mask = (first < D)[:, None] & (second < D)[None, :]
+    return tl.load(weight_ptr + (i - 1) * D * D + (first * D)[:, None] + second[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def walk(
-    h_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, rows, rows_2, n_rows,
+    h_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, rows, n_rows,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Run modules 1..N-1 of one network over a tile of rows, whose module 0 is in h [N,B,D] and awaited: writes h and
     opened of active modules.
 
-    rows: a tile's slots of route 1, rows, whether they exist, and their active bits. rows_2: another's, which shares
-    each chunk of weights with it; or None.
+    rows: the tile's slots of route 1, rows, whether they exist, and their active bits.
     """
-    slot, row, _, _ = rows
-    if rows_2 is not None:
-        slot_2, row_2, _, _ = rows_2
+    slot, row, inside, active = rows
     col = tl.arange(0, BLOCK_D)
+    touched = touched_modules(rows)
     for i in range(1, N):
-        wanted, wanted_2, n_tiles = _wanted(rows, rows_2, i)
-        if n_tiles > 0:
-            route = (i - 1) * K
+        if ((touched >> i) & 1) != 0:
+            wanted = inside & (((active >> i) & 1) != 0)
+            at = slot + (i - 1) * K
             z = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
-            if rows_2 is not None:
-                z_2 = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
             for start in range(0, D, BLOCK_K):
                 feature = start + tl.arange(0, BLOCK_K)
-                x = mix_sources(h_ptr, index_ptr, gate_ptr, slot + route, row, wanted, i, feature, n_rows, D, K)
-                w = tl.load(
-                    weight_ptr + (i - 1) * D * D + (col * D)[:, None] + feature[None, :],
-                    mask=(col < D)[:, None] & (feature < D)[None, :],
-                    other=0.0,
-                )
-                z = product(x, tl.trans(w), z, PRECISION)
-                if rows_2 is not None:
-                    x = mix_sources(
-                        h_ptr, index_ptr, gate_ptr, slot_2 + route, row_2, wanted_2, i, feature, n_rows, D, K
-                    )
-                    z_2 = product(x, tl.trans(w), z_2, PRECISION)
-            _finish_module(
-                z, h_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, slot + route, row, wanted, i, n_rows,
-                K, D, RESIDUAL, BLOCK_D,
-            )  # fmt: skip
-            if rows_2 is not None:
-                _finish_module(
-                    z_2, h_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, slot_2 + route, row_2, wanted_2, i, n_rows,
-                    K, D, RESIDUAL, BLOCK_D,
-                )  # fmt: skip
+                x = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, feature, n_rows, D, K)
+                z = product(x, tl.trans(_weights(weight_ptr, i, col, feature, D)), z, PRECISION)
+            x = tl.zeros_like(z)
+            if RESIDUAL:  # mixed once more: to hold x beside the product's sum spills
+                x = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, col, n_rows, D, K)
+            _finish_module(z, x, h_ptr, bias_ptr, opened_ptr, row, wanted, i, n_rows, D, BLOCK_D)
             tl.debug_barrier()
 
 
 @triton.jit
 def _finish_module(
-    z, h_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, slot, row, wanted, i, n_rows,
-    K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr,
+    z, x, h_ptr, bias_ptr, opened_ptr, row, wanted, i, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """From the product z of module i to its output; writes this and whether the ReLU is open."""
+    """From the product z of module i, and what its residual adds, to its output; writes this and whether the ReLU is
+    open."""
     col = tl.arange(0, BLOCK_D)
     z += tl.load(bias_ptr + (i - 1) * D + col, mask=col < D, other=0.0)[None, :]
-    h = tl.where(z <= 0, 0.0, z)  # a NaN stays: a diverged network must show
-    if RESIDUAL:
-        h += mix_sources(h_ptr, index_ptr, gate_ptr, slot, row, wanted, i, col, n_rows, D, K)
+    h = tl.where(z <= 0, 0.0, z) + x  # a NaN stays: a diverged network must show
     at, mask = ((i * n_rows + row) * D)[:, None] + col[None, :], wanted[:, None] & (col < D)[None, :]
     tl.store(h_ptr + at, h, mask=mask)
     if opened_ptr is not None:
@@ -140,6 +118,47 @@ def mix_last(
 
 
 @triton.jit
+def _load_slot(
+    h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, slot, row, wanted, route, k, touched, n_rows,
+    D: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What slot k of a route takes: which rows use it, their sources (as bits), gates and flow, where these sources lie
+    [rows,BLOCK_D], h there, and both adjoints as far as they exist (0 else)."""
+    col = tl.arange(0, BLOCK_D)
+    used = tl.where(route > k, wanted, False)
+    source = tl.load(index_ptr + slot + k, mask=used, other=0)
+    gate = tl.load(gate_ptr + slot + k, mask=used, other=0.0)
+    flow = tl.load(flow_ptr + slot + k, mask=used, other=0)
+    tile = used[:, None] & (col < D)[None, :]
+    seen = tile & (((touched >> source) & 1) != 0)[:, None]
+    later = (source > 0)[:, None]
+    at = ((source.to(tl.int64) * n_rows + row) * D)[:, None] + col[None, :]
+    h = tl.load(h_ptr + at, mask=tile, other=0.0)
+    to_relu = tl.load(to_relu_ptr + at, mask=seen, other=0.0)
+    to_residual = to_relu
+    if RESIDUAL:
+        to_residual = tl.load(to_residual_ptr + at, mask=seen & later, other=0.0)
+    bits = tl.where(used, tl.full(source.shape, 1, tl.int32) << source.to(tl.int32), 0)
+    return used, bits, gate, flow, later, at, h, to_relu, to_residual
+
+
+@triton.jit
+def _push_slot(
+    loaded, d_main, d_res, to_relu_ptr, to_residual_ptr, d_gate_ptr, slot, k,
+    D: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Hand the gradient at x of one route to the sources in slot k, of which `loaded` is all that is read."""
+    used, _, gate, flow, later, at, h, to_relu, to_residual = loaded
+    tile = used[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    d_all = d_main + d_res
+    d_flow = tl.where((flow != 0)[:, None], d_main, 0.0) + d_res
+    tl.store(to_relu_ptr + at, to_relu + gate[:, None] * d_flow, mask=tile)
+    if RESIDUAL:
+        tl.store(to_residual_ptr + at, to_residual + gate[:, None] * d_all, mask=tile & later)
+    tl.store(d_gate_ptr + slot + k, sum_products(d_all, h, 1), mask=used)
+
+
+@triton.jit
 def _push(
     d_main, d_res, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
     slot, row, wanted, route, touched, n_rows,
@@ -148,28 +167,29 @@ def _push(
     """Hand the gradient at x of one route to its sources; returns which adjoint rows exist by now (bits).
 
     The first gradient that reaches an adjoint row is stored, later ones are added: nothing has to be zeroed before,
-    and a row reads only what it wrote. Sources of a route are distinct, so its slots never meet. S_0 is never read.
+    and a row reads only what it wrote. Sources of a route are distinct, so its slots never meet, and two of them are
+    read before either is written: else the second would wait for the first's stores. S_0 is never read.
     """
-    col = tl.arange(0, BLOCK_D)
-    d_all = d_main + d_res
-    for k in tl.range(0, K, loop_unroll_factor=K if K <= 4 else 1):  # unrolled, many slots compile for minutes
-        used = tl.where(route > k, wanted, False)
-        source = tl.load(index_ptr + slot + k, mask=used, other=0)
-        gate = tl.load(gate_ptr + slot + k, mask=used, other=0.0)[:, None]
-        flow = tl.load(flow_ptr + slot + k, mask=used, other=0)[:, None]
-        tile = used[:, None] & (col < D)[None, :]
-        seen = tile & (((touched >> source) & 1) != 0)[:, None]
-        source = source.to(tl.int64)
-        at = ((source * n_rows + row) * D)[:, None] + col[None, :]
-        h = tl.load(h_ptr + at, mask=tile, other=0.0)
-        tl.store(d_gate_ptr + slot + k, sum_products(d_all, h, 1), mask=used)
-        to_relu = tl.load(to_relu_ptr + at, mask=seen, other=0.0)
-        tl.store(to_relu_ptr + at, to_relu + gate * (tl.where(flow != 0, d_main, 0.0) + d_res), mask=tile)
-        if RESIDUAL:
-            later = (source > 0)[:, None]
-            to_residual = tl.load(to_residual_ptr + at, mask=seen & later, other=0.0)
-            tl.store(to_residual_ptr + at, to_residual + gate * d_all, mask=tile & later)
-        touched |= tl.where(used, tl.full(source.shape, 1, tl.int32) << source.to(tl.int32), 0)
+    if K == 2:
+        first = _load_slot(
+            h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, slot, row, wanted, route, 0, touched,
+            n_rows, D, RESIDUAL, BLOCK_D,
+        )  # fmt: skip
+        second = _load_slot(
+            h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, slot, row, wanted, route, 1, touched,
+            n_rows, D, RESIDUAL, BLOCK_D,
+        )  # fmt: skip
+        _push_slot(first, d_main, d_res, to_relu_ptr, to_residual_ptr, d_gate_ptr, slot, 0, D, RESIDUAL, BLOCK_D)
+        _push_slot(second, d_main, d_res, to_relu_ptr, to_residual_ptr, d_gate_ptr, slot, 1, D, RESIDUAL, BLOCK_D)
+        touched |= first[1] | second[1]
+    else:
+        for k in tl.range(0, K, loop_unroll_factor=K if K <= 4 else 1):  # unrolled, many slots compile for minutes
+            one = _load_slot(
+                h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, slot, row, wanted, route, k,
+                touched, n_rows, D, RESIDUAL, BLOCK_D,
+            )  # fmt: skip
+            _push_slot(one, d_main, d_res, to_relu_ptr, to_residual_ptr, d_gate_ptr, slot, k, D, RESIDUAL, BLOCK_D)
+            touched |= one[1]
     return touched
 
 
@@ -189,47 +209,34 @@ def push_last(
 @triton.jit
 def walk_back(
     h_ptr, weight_ptr, opened_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr,
-    rows, touched, rows_2, touched_2, n_rows,
+    rows, reached, n_rows,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """From what `push_last` left, `touched`, back through modules N-1..1 of one network: writes both adjoints [N,B,D]
-    of active modules, module 0 among them and awaited, and d_gate of active routes. rows and rows_2 as in `walk`."""
-    slot, row, _, _ = rows
-    if rows_2 is not None:
-        slot_2, row_2, _, _ = rows_2
+    """From what `push_last` left, `reached`, back through modules N-1..1 of one network: writes both adjoints [N,B,D]
+    of active modules, module 0 among them and awaited, and d_gate of active routes. rows as in `walk`."""
+    slot, row, inside, active = rows
     col = tl.arange(0, BLOCK_D)
+    touched = touched_modules(rows)
     tl.debug_barrier()
     for i in range(N - 1, 0, -1):
-        wanted, wanted_2, n_tiles = _wanted(rows, rows_2, i)
-        if n_tiles > 0:
-            route = (i - 1) * K
-            _clear_unread(to_relu_ptr, to_residual_ptr, row, wanted, touched, i, n_rows, D, RESIDUAL, BLOCK_D)
+        if ((touched >> i) & 1) != 0:
+            wanted = inside & (((active >> i) & 1) != 0)
+            _clear_unread(to_relu_ptr, to_residual_ptr, row, wanted, reached, i, n_rows, D, RESIDUAL, BLOCK_D)
             d_main = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
-            if rows_2 is not None:
-                _clear_unread(to_relu_ptr, to_residual_ptr, row_2, wanted_2, touched_2, i, n_rows, D, RESIDUAL, BLOCK_D)
-                d_main_2 = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
             for start in range(0, D, BLOCK_K):
                 feature = start + tl.arange(0, BLOCK_K)
                 d_z = _in_front_of_module(to_relu_ptr, opened_ptr, row, wanted, i, feature, n_rows, D)
-                w = tl.load(
-                    weight_ptr + (i - 1) * D * D + (feature * D)[:, None] + col[None, :],
-                    mask=(feature < D)[:, None] & (col < D)[None, :],
-                    other=0.0,
-                )
-                d_main = product(d_z, w, d_main, PRECISION)
-                if rows_2 is not None:
-                    d_z = _in_front_of_module(to_relu_ptr, opened_ptr, row_2, wanted_2, i, feature, n_rows, D)
-                    d_main_2 = product(d_z, w, d_main_2, PRECISION)
-            touched = _push_back(
-                d_main, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
-                slot + route, row, wanted, i, touched, n_rows, K, D, RESIDUAL, BLOCK_D,
+                d_main = product(d_z, _weights(weight_ptr, i, feature, col, D), d_main, PRECISION)
+            d_main = by_rows(d_main)
+            d_res = tl.zeros_like(d_main)
+            if RESIDUAL:
+                at = ((i * n_rows + row) * D)[:, None] + col[None, :]
+                d_res = tl.load(to_residual_ptr + at, mask=wanted[:, None] & (col < D)[None, :], other=0.0)
+            reached = _push(
+                d_main, d_res, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
+                slot + (i - 1) * K, row, wanted, i, reached, n_rows, K, D, RESIDUAL, BLOCK_D,
             )  # fmt: skip
-            if rows_2 is not None:
-                touched_2 = _push_back(
-                    d_main_2, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
-                    slot_2 + route, row_2, wanted_2, i, touched_2, n_rows, K, D, RESIDUAL, BLOCK_D,
-                )  # fmt: skip
             tl.debug_barrier()
 
 
@@ -257,22 +264,3 @@ def _in_front_of_module(to_relu_ptr, opened_ptr, row, wanted, i, feature, n_rows
     d_y = tl.load(to_relu_ptr + at, mask=mask, other=0.0)
     opened = tl.load(opened_ptr + at, mask=mask, other=0)
     return tl.where(opened != 0, d_y, 0.0)
-
-
-@triton.jit
-def _push_back(
-    d_main, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
-    slot, row, wanted, i, touched, n_rows,
-    K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """From the gradient through the product of module i, and from its residual, to its sources; as `_push`."""
-    d_main = by_rows(d_main)
-    d_res = tl.zeros_like(d_main)
-    if RESIDUAL:
-        col = tl.arange(0, BLOCK_D)
-        at = ((i * n_rows + row) * D)[:, None] + col[None, :]
-        d_res = tl.load(to_residual_ptr + at, mask=wanted[:, None] & (col < D)[None, :], other=0.0)
-    return _push(
-        d_main, d_res, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
-        slot, row, wanted, i, touched, n_rows, K, D, RESIDUAL, BLOCK_D,
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The gradients of all linear layers of an update's networks in one launch, straight into the flat gradient
+"""The gradients of all linear layers of a pass in one launch, straight into the flat gradient
 (`d2r_fast.learning.layered`)."""
 
 from collections.abc import Sequence
@@ -9,57 +9,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2r_fast.kernels.ensemble_linear import TILES, Tile, tile_of
+from d2r_fast.kernels.ensemble_linear import GRADIENT, tile_of
 from d2r_fast.kernels.settings import FUSED, check_dtype
 from d2r_fast.kernels.tiles import load_tile, rounded_product
 from d2r_fast.ops.layer_gradients import Product, Sum
 
-# In bf16 of one warpgroup. Between what threads put into shared memory and wgmma's reads of it Triton 3.9 makes a fence
-# behind the barrier, not in front of it, where the other operand is copied there: with several warpgroups, one's
-# products could be made before another's threads are past theirs. 8 warps, for 16 would spill.
-_TILES = TILES | {
-    "tf32": [Tile(128, 128, 32, 8, 3), *TILES["tf32"][1:]],
-    "bf16": [Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
-}
 SUM_ROWS = tl.constexpr(64)
 """Rows that a sum takes at a time: it waits for each load."""
-N_COLUMNS = tl.constexpr(13)  # of the table: what `_lines` puts there
+N_COLUMNS = tl.constexpr(11)  # of the table: what `_lines` puts there
 
 
 @triton.jit
 def network_gradient_kernel(
-    act_ptr, x_ptr, d_z_ptr, d_out_ptr, second_act_ptr, second_x_ptr, second_d_z_ptr, second_d_out_ptr,
-    gradient_ptr, table_ptr,
+    act_ptr, x_ptr, d_z_ptr, gradient_ptr, table_ptr,
     N_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (lines of the table,); a program owns one tile of a weight's gradient, or BLOCK_OUT sums, over all rows of
-    either pass: layers of one update are some hundred large tiles, which fill a device without splitting rows. Every
-    number is summed in one order, so that runs agree bitwise.
+    """Grid (lines of the table,); a program owns one tile of a weight's gradient, or BLOCK_OUT sums, over all rows: the
+    layers of a pass are some hundred tiles, which fill a device without splitting rows. Every number is summed in one
+    order, so that runs agree bitwise.
 
     N_ROWS is a constant, for Triton 3.6's interpreter takes no tensor as the bound of a loop; a run has one.
     """
     table_ptr += tl.program_id(0) * N_COLUMNS
-    if tl.load(table_ptr) != 0:
-        act_ptr, x_ptr, d_z_ptr, d_out_ptr = second_act_ptr, second_x_ptr, second_d_z_ptr, second_d_out_ptr
-    is_sum = tl.load(table_ptr + 1) != 0
-    if tl.load(table_ptr + 2) != 0:
-        d_z_ptr = d_out_ptr
-    d_z_at, n_out = tl.load(table_ptr + 3), tl.load(table_ptr + 4)
-    out = tl.load(table_ptr + 5) // BLOCK_OUT * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    to, to_stride = tl.load(table_ptr + 6), tl.load(table_ptr + 7)
-    x_at, x_stride = tl.load(table_ptr + 9), tl.load(table_ptr + 10)
-    first, n_summed = tl.load(table_ptr + 11), tl.load(table_ptr + 12)
+    is_sum = tl.load(table_ptr) != 0
+    d_z_at, n_out = tl.load(table_ptr + 1), tl.load(table_ptr + 2)
+    out = tl.load(table_ptr + 3) // BLOCK_OUT * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    to, to_stride = tl.load(table_ptr + 4), tl.load(table_ptr + 5)
+    x_at, x_stride = tl.load(table_ptr + 7), tl.load(table_ptr + 8)
+    first, n_summed = tl.load(table_ptr + 9), tl.load(table_ptr + 10)
     if is_sum:
         total = tl.zeros((SUM_ROWS, BLOCK_OUT), gradient_ptr.dtype.element_ty)
         for start in range(0, N_ROWS, SUM_ROWS):
             if start < n_summed:
                 own = start + tl.arange(0, SUM_ROWS)
-                total += load_tile(d_z_ptr + d_z_at, first + own, own < n_summed, out, n_out, n_out)
+                d_z = load_tile(d_z_ptr + d_z_at, first + own, own < n_summed, out, n_out, n_out)
+                total += d_z.to(total.dtype)
         tl.store(gradient_ptr + to + out * to_stride, tl.sum(total, 0), mask=out < n_out)
     else:
         feature = first // BLOCK_IN * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        outside = tl.load(table_ptr + 8) != 0
+        outside = tl.load(table_ptr + 6) != 0
         # One place in the code for both where they are of one type: each takes shared memory of its own.
         if x_ptr.dtype == act_ptr.dtype:
             if not outside:
@@ -119,27 +108,25 @@ class Table(NamedTuple):
     """What a launch computes, for batches of as many rows: made once, and kept."""
 
     lines: Tensor
-    """[programs,13] int64, on the device."""
+    """[programs,11] int64, on the device."""
     launch: dict[str, Any]
     """Constants and options of the kernel, which say how the lines cut the gradients."""
 
 
 def gradient_launch(gradients: Sequence[Product | Sum], precision: str, n_rows: int) -> dict[str, Any]:
     """Constants and options of the kernel."""
-    tile = tile_of(precision, [(g.d_z.width, g.n_in) for g in gradients if isinstance(g, Product)], _TILES)
+    tile = tile_of(precision, [(g.d_z.width, g.n_in) for g in gradients if isinstance(g, Product)], GRADIENT)
     blocks = {"BLOCK_OUT": tile.first, "BLOCK_IN": tile.second, "BLOCK_DEPTH": tile.depth}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | FUSED
     return {"N_ROWS": n_rows, "PRECISION": precision} | blocks | options
 
 
-def gradient_table(like: Tensor, passes: Sequence[Sequence[Product | Sum]], precision: str, n_rows: int) -> Table:
-    """A program for each tile of the gradients of one pass or two, on the device of `like`; products first, which take
-    longer."""
-    launch = gradient_launch([g for gradients in passes for g in gradients], precision, n_rows)
+def gradient_table(like: Tensor, gradients: Sequence[Product | Sum], precision: str, n_rows: int) -> Table:
+    """A program for each tile of the gradients, on the device of `like`; products first, which take longer."""
+    launch = gradient_launch(gradients, precision, n_rows)
     lines: dict[type, list[tuple[int, ...]]] = {Product: [], Sum: []}
-    for number, gradients in enumerate(passes):
-        for g in gradients:
-            lines[type(g)] += [(number, *line) for line in _lines(g, launch, n_rows)]
+    for g in gradients:
+        lines[type(g)] += _lines(g, launch, n_rows)
     return Table(torch.tensor(lines[Product] + lines[Sum], dtype=torch.int64).to(like.device), launch)
 
 
@@ -147,7 +134,7 @@ def _lines(g: Product | Sum, launch: dict[str, Any], n_rows: int) -> list[tuple[
     z = g.d_z
     lines: list[tuple[int, ...]] = []
     for out in range(0, z.width, launch["BLOCK_OUT"]):
-        head = isinstance(g, Sum), z.outside, z.at, z.width, out, g.to
+        head = isinstance(g, Sum), z.at, z.width, out, g.to
         if isinstance(g, Sum):
             lines.append((*head, g.stride, 0, 0, 0, g.first_row, g.n_rows))
         else:
@@ -156,12 +143,11 @@ def _lines(g: Product | Sum, launch: dict[str, Any], n_rows: int) -> list[tuple[
     return lines
 
 
-def network_gradient(gradient: Tensor, table: Table, passes: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
-    """Writes to the flat gradient what `table` says of one pass or two, of each of which there are
+def network_gradient(gradient: Tensor, table: Table, act: Tensor, x: Tensor, d_z: Tensor) -> None:
+    """Writes to the flat gradient what `table` says.
 
-    act, x     what its layers read: a buffer, which may be bfloat16 where products are, and what the first one reads
-    d_z, d_out the gradients of what they give, in front of their ReLU: a buffer, and that of what the last one gives
+    act, x  what the layers read: a buffer, which may be bfloat16 where products are, and what the first one reads
+    d_z     the gradients of what they give, in front of their ReLU: a buffer, as act
     """
-    first, second = passes[0], passes[-1]
-    check_dtype("d_out", first[-1])
-    network_gradient_kernel[(len(table.lines),)](*first, *second, gradient, table.lines, **table.launch)
+    check_dtype("gradient", gradient)
+    network_gradient_kernel[(len(table.lines),)](act, x, d_z, gradient, table.lines, **table.launch)

@@ -1,6 +1,6 @@
 """All N modules in one launch forward and three backward (`d2r_fast.ops.routed_modules` is contract and oracle).
 
-A program walks one tile of rows, or two, through all modules (`module_walk`). The buffers between modules are [E,N,B,D]
+A program walks one tile of rows through all modules (`module_walk`). The buffers between modules are [E,N,B,D]
 in global memory; a tile's part of them stays in L2.
 
 What a row's `active` does not reach is neither computed, written nor read: those rows of `h`, `opened` and of both
@@ -33,7 +33,7 @@ def routed_modules_fwd_kernel(
     h0_ptr, weight_ptr, bias_ptr, place_ptr, index_ptr, gate_ptr, active_ptr, order_ptr, mixed_ptr, h_ptr, opened_ptr,
     n_rows,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid `_grid`; a program owns its rows of h, opened and mixed through all N modules.
 
@@ -52,10 +52,7 @@ def routed_modules_fwd_kernel(
         bias_ptr = at_place(bias_ptr, place_ptr, net, 1, D)
     if order_ptr is not None:
         order_ptr += net * n_rows
-    rows = tile_rows(active_ptr + net * n_rows, order_ptr, n_rows, tile * TILES, BLOCK_ROWS, N, K)
-    rows_2 = None
-    if TILES == 2:
-        rows_2 = tile_rows(active_ptr + net * n_rows, order_ptr, n_rows, tile * 2 + 1, BLOCK_ROWS, N, K)
+    rows = tile_rows(active_ptr + net * n_rows, order_ptr, n_rows, tile, BLOCK_ROWS, N, K)
     index_ptr += net * n_rows * N * K
     gate_ptr += net * n_rows * N * K
     h0_ptr += net * n_rows * D
@@ -66,16 +63,12 @@ def routed_modules_fwd_kernel(
 
     # Module 0's output joins the buffer, so that every source is a row of one array.
     store_rows(load_rows(h0_ptr, rows, D, BLOCK_D), h_ptr, rows, D, BLOCK_D)
-    if TILES == 2:
-        store_rows(load_rows(h0_ptr, rows_2, D, BLOCK_D), h_ptr, rows_2, D, BLOCK_D)
     tl.debug_barrier()
     walk(
-        h_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, rows, rows_2, n_rows,
+        h_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, opened_ptr, rows, n_rows,
         N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_ROWS, BLOCK_K,
     )  # fmt: skip
     mix_last(h_ptr, index_ptr, gate_ptr, mixed_ptr, rows, n_rows, N, K, D, BLOCK_D)
-    if TILES == 2:
-        mix_last(h_ptr, index_ptr, gate_ptr, mixed_ptr, rows_2, n_rows, N, K, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -84,7 +77,6 @@ def routed_modules_bwd_kernel(
     d_h0_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr, n_rows,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, FIRST_RELU: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILES: tl.constexpr,
 ):  # fmt: skip
     """Grid `_grid`; a program owns its rows of d_h0, d_gate and of both adjoints, so no atomics.
 
@@ -113,25 +105,16 @@ def routed_modules_bwd_kernel(
     if RESIDUAL:
         to_residual_ptr += net * N * n_rows * D
 
-    rows = tile_rows(active_ptr + net * n_rows, order_ptr, n_rows, tile * TILES, BLOCK_ROWS, N, K)
-    touched = push_last(
+    rows = tile_rows(active_ptr + net * n_rows, order_ptr, n_rows, tile, BLOCK_ROWS, N, K)
+    reached = push_last(
         load_rows(d_mixed_ptr, rows, D, BLOCK_D), h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr,
         d_gate_ptr, rows, n_rows, N, K, D, RESIDUAL, BLOCK_D,
     )  # fmt: skip
-    rows_2, touched_2 = None, None
-    if TILES == 2:
-        rows_2 = tile_rows(active_ptr + net * n_rows, order_ptr, n_rows, tile * 2 + 1, BLOCK_ROWS, N, K)
-        touched_2 = push_last(
-            load_rows(d_mixed_ptr, rows_2, D, BLOCK_D), h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr,
-            flow_ptr, d_gate_ptr, rows_2, n_rows, N, K, D, RESIDUAL, BLOCK_D,
-        )  # fmt: skip
     walk_back(
         h_ptr, weight_ptr, opened_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr, to_relu_ptr, to_residual_ptr,
-        rows, touched, rows_2, touched_2, n_rows, N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_ROWS, BLOCK_K,
+        rows, reached, n_rows, N, K, D, RESIDUAL, PRECISION, BLOCK_D, BLOCK_ROWS, BLOCK_K,
     )  # fmt: skip
     _leave(to_relu_ptr, h_ptr, d_h0_ptr, rows, FIRST_RELU, D, BLOCK_D)
-    if TILES == 2:
-        _leave(to_relu_ptr, h_ptr, d_h0_ptr, rows_2, FIRST_RELU, D, BLOCK_D)
 
 
 @triton.jit
@@ -148,7 +131,7 @@ def _leave(
 def _grid(n_rows: int, launch: dict[str, Any], n_nets: int) -> tuple[int, int, int]:
     """(E, programs for its rows), so that all networks' first tiles start first; what the second axis has no room for
     goes along the third."""
-    n_programs = triton.cdiv(n_rows, launch["BLOCK_ROWS"] * launch["TILES"])
+    n_programs = triton.cdiv(n_rows, launch["BLOCK_ROWS"])
     return n_nets, min(n_programs, MOST_PROGRAMS), triton.cdiv(n_programs, MOST_PROGRAMS)
 
 

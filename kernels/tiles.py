@@ -46,13 +46,19 @@ def mix_sources(
 
 @triton.jit
 def product(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b in the products' precision; the total stays in its own type (float32)."""
+    """total + a @ b in the products' precision; the total stays in its own type (float32).
+
+    A float32 product is the sum of three of tf32, of either operand's upper and lower bits: nearly as exact as one by
+    multiply-adds (`benches/precision_error.py`), on units that are many times as fast.
+    """
     if PRECISION == "bf16":
         a = a.to(tl.bfloat16)
         b = b.to(tl.bfloat16)
         if INTERPRETED:  # the interpreter's product takes the bits of a bfloat16 for an integer
             a = a.to(total.dtype)
             b = b.to(total.dtype)
+    if PRECISION == "float32" and not INTERPRETED:
+        return tl.dot(a, b, total, input_precision="tf32x3", out_dtype=total.dtype)
     return tl.dot(a, b, total, input_precision="tf32" if PRECISION == "tf32" else "ieee", out_dtype=total.dtype)
 
 
@@ -85,6 +91,16 @@ def rounded_product(a, b, total, PRECISION: tl.constexpr):
         a = to_tf32(a)
         b = to_tf32(b)
     return product(a, b, total, PRECISION)
+
+
+@triton.jit
+def zeros_for(ptr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A sum that goes to `ptr`, [ROWS,COLS]: of its type, but in float32 for bfloat16."""
+    if ptr.dtype.element_ty == tl.bfloat16:
+        total = tl.zeros((ROWS, COLS), tl.float32)
+    else:
+        total = tl.zeros((ROWS, COLS), ptr.dtype.element_ty)
+    return total
 
 
 @triton.jit

@@ -158,28 +158,27 @@ def _split_base_bwd(call: Call) -> Work:
 
 
 def _network_gradient(call: Call) -> Work:
-    """Tiles of products, and sums, of either pass."""
+    """Tiles of products, and sums."""
     a = call.arguments
-    depth, n_tiles, of_act = _blocks(a["N_ROWS"], a["BLOCK_DEPTH"]), 0, a["act_ptr"].dtype.itemsize
+    depth, n_tiles = _blocks(a["N_ROWS"], a["BLOCK_DEPTH"]), 0
+    of_act, of_d_z = (a[name].dtype.itemsize for name in ("act_ptr", "d_z_ptr"))
     accesses, written, sums = [], 0.0, []
-    for gradients, which in zip(a["of_table"], ("", "second_"), strict=False):
-        d_z = act = d_z_traffic = act_traffic = 0.0
-        for g in gradients:
-            is_product = isinstance(g, Product)
-            n_rows, width = (a["N_ROWS"], g.n_in) if is_product else (g.n_rows, 0)
-            gradient, read = g.d_z.width * n_rows * FLOAT, width * n_rows * of_act
-            times = ceil(width / a["BLOCK_IN"]) if is_product else 1
-            d_z_traffic += gradient * times
-            act_traffic += read * ceil(g.d_z.width / a["BLOCK_OUT"])
-            written += g.d_z.width * max(width, 1) * FLOAT
-            if is_product:  # what a product reads, the sums of its rows read as well
-                d_z, act = d_z + gradient, act + read
-                n_tiles += ceil(g.d_z.width / a["BLOCK_OUT"]) * times
-            else:
-                sums += [1 + n_rows / SUM_ROWS.value] * ceil(g.d_z.width / a["BLOCK_OUT"])
-        for name, n_bytes, traffic in (("d_z_ptr", d_z, d_z_traffic), ("act_ptr", act, act_traffic)):
-            memory = a[which + name]
-            accesses.append(Access(memory, min(n_bytes, memory.n_bytes), traffic, False))
+    d_z = act = d_z_traffic = act_traffic = 0.0
+    for g in a["of_table"]:
+        is_product = isinstance(g, Product)
+        n_rows, width = (a["N_ROWS"], g.n_in) if is_product else (g.n_rows, 0)
+        gradient, read = g.d_z.width * n_rows * of_d_z, width * n_rows * of_act
+        times = ceil(width / a["BLOCK_IN"]) if is_product else 1
+        d_z_traffic += gradient * times
+        act_traffic += read * ceil(g.d_z.width / a["BLOCK_OUT"])
+        written += g.d_z.width * max(width, 1) * FLOAT
+        if is_product:  # what a product reads, the sums of its rows read as well
+            d_z, act = d_z + gradient, act + read
+            n_tiles += ceil(g.d_z.width / a["BLOCK_OUT"]) * times
+        else:
+            sums += [1 + n_rows / SUM_ROWS.value] * ceil(g.d_z.width / a["BLOCK_OUT"])
+    for name, n_bytes, traffic in (("d_z_ptr", d_z, d_z_traffic), ("act_ptr", act, act_traffic)):
+        accesses.append(Access(a[name], min(n_bytes, a[name].n_bytes), traffic, False))
     accesses += _part(a["gradient_ptr"], written, written=True)
     flop = 2.0 * n_tiles * a["BLOCK_OUT"] * a["BLOCK_IN"] * depth
     chunks = depth // a["BLOCK_DEPTH"]
@@ -229,7 +228,7 @@ def route_shares(n_modules: int, n_kept: int, n_rows: int, block_rows: int, in_o
 
 def _routed_fwd(call: Call) -> Work:
     a, (n_nets, n_programs, _) = call.arguments, call.grid
-    n_rows, n, k, d, of_program = a["n_rows"], a["N"], a["K"], a["D"], a["BLOCK_ROWS"] * a["TILES"]
+    n_rows, n, k, d, of_program = a["n_rows"], a["N"], a["K"], a["D"], a["BLOCK_ROWS"]
     shares = route_shares(n, k, n_rows, of_program, a["order_ptr"] is not None)
     row = n_nets * n_rows * d * FLOAT
     runs = shares.active * row
@@ -241,17 +240,15 @@ def _routed_fwd(call: Call) -> Work:
     accesses += [Access(a["h_ptr"], 0.0, (runs + row) * k, False), Access(a["h_ptr"], runs + row, runs + row, True)]
     accesses += _part(a["opened_ptr"], runs / FLOAT, written=True)
     flop = 2.0 * n_programs * n_nets * shares.touched * of_program * a["BLOCK_D"] ** 2
-    # Tiles side by side take each step one after the other, though much of one may hide behind the other.
-    passes, chunks = shares.most_touched, a["BLOCK_D"] // a["BLOCK_K"]
-    most = passes * a["TILES"]
+    most, chunks = shares.most_touched, a["BLOCK_D"] // a["BLOCK_K"]
     # Of a module: its sources' numbers, and the sources.
-    chain = ceil(most * 2) + 3, most * chunks, most * a["BLOCK_D"], passes, most
+    chain = ceil(most * 2) + 3, most * chunks, most * a["BLOCK_D"], most, 1
     return Work(accesses, flop, *chain, shares.of_programs(n_programs, n_nets))
 
 
 def _routed_bwd(call: Call) -> Work:
     a, (n_nets, n_programs, _) = call.arguments, call.grid
-    n_rows, n, k, d, of_program = a["n_rows"], a["N"], a["K"], a["D"], a["BLOCK_ROWS"] * a["TILES"]
+    n_rows, n, k, d, of_program = a["n_rows"], a["N"], a["K"], a["D"], a["BLOCK_ROWS"]
     shares = route_shares(n, k, n_rows, of_program, a["order_ptr"] is not None)
     row = n_nets * n_rows * d * FLOAT
     runs = shares.active * row
@@ -265,11 +262,9 @@ def _routed_bwd(call: Call) -> Work:
     for name in ("to_relu_ptr", "to_residual_ptr")[:n_adjoints]:
         accesses += [Access(a[name], 0.0, pushed, False), Access(a[name], runs + row, pushed, True)]
     flop = 2.0 * n_programs * n_nets * shares.touched * of_program * a["BLOCK_D"] ** 2
-    # Tiles side by side take each step one after the other, though much of one may hide behind the other.
-    passes, chunks = shares.most_touched, a["BLOCK_D"] // a["BLOCK_K"]
-    most = passes * a["TILES"]
-    # Of a module: its sources' numbers, and for each of K the gradient that is there already.
-    chain = ceil(most * (2 + k)) + 2 + k, most * chunks, most * a["BLOCK_D"], passes, most * (k + 2)
+    most, chunks = shares.most_touched, a["BLOCK_D"] // a["BLOCK_K"]
+    # Of a module: its sources' numbers, and what is there of all K of them.
+    chain = ceil(most * 3) + 3, most * chunks, most * a["BLOCK_D"], most, 1 + most * k
     return Work(accesses, flop, *chain, shares.of_programs(n_programs, n_nets))
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from d2r_fast.config import SacConfig
-from d2r_fast.learning.passes import Network, Pass, finish_gradients
+from d2r_fast.learning.beside import Beside
+from d2r_fast.learning.passes import Network, Pass
 from d2r_fast.nets.agent import Agent
 from d2r_fast.nets.d2r import GREEDY, RouteChoice
 from d2r_fast.ops.replay_rows import ReplayRows
@@ -20,6 +21,7 @@ class InTurn:
 
     alpha_gradient  [T] where the gradient of log alpha goes
     step            makes the step of "actor", "critics" or "alpha", whose gradient is there
+    beside          of the networks
     """
 
     def __init__(
@@ -29,8 +31,10 @@ class InTurn:
         networks: tuple[Network, Network, Network],
         alpha_gradient: Tensor,
         step: Callable[[str], None],
+        beside: Beside,
     ):
         self._agent, self._cfg, self._step, self._alpha_gradient = agent, cfg, step, alpha_gradient
+        self._beside = beside
         self._actor, self._critics, self._targets = networks
 
     def critics_first(
@@ -45,7 +49,7 @@ class InTurn:
         value, target_q = self._critics.forward_beside(acted, task[:n], critic_choice, n, self._targets, after)
         q, target_q = value.out[..., 0], target_q[..., 0]
         value.backward(self._losses(rows, q, torch.zeros_like(q), target_q, logp).d_q[:, :n, None])
-        finish_gradients(value)
+        self._beside.join()
         self._step("critics")
 
         best = self._critics.forward(now, task[:n], GREEDY, n_back=n)
@@ -75,7 +79,7 @@ class InTurn:
         value, target_q = self._critics.forward_beside(acted, task[:n], critic_choice, n, self._targets, after)
         later = self._losses(rows, value.out[..., 0], of_now, target_q[..., 0], torch.cat([logp, next_logp]))
         value.backward(later.d_q[:, :n, None])
-        finish_gradients(value)
+        self._beside.join()
         self._step("critics")
         loss.losses[2] = later.losses[2]
         return loss.losses
@@ -98,4 +102,4 @@ class InTurn:
         actions = rows.x[1][:, n_obs:]
         d_policy = squash_backward(d_now[:, n_obs:], loss.d_logp, policy.out[0, :n], noise[:n], actions)
         policy.backward(d_policy[None])
-        finish_gradients(policy)
+        self._beside.join()

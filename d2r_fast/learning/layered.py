@@ -2,15 +2,16 @@
 
 Networks of equal sizes over sets of as many rows run as one: both critics at the actions taken and at the actor's, and
 their targets beside them, are six members of one pass. What the layers read and gave lies in one buffer, their
-gradients in another, so that a table made once can say which products are the parameters' gradients: one launch.
+gradients in another, so that a table made once can say which products are the parameters' gradients: one launch. In
+bf16 both buffers hold that: what products read is rounded once, when it is written.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from d2r_fast.learning.beside import Beside
 from d2r_fast.learning.parameters import FlatParameters, aligned
 from d2r_fast.nets.d2r import RouteChoice, RoutedNetwork
 from d2r_fast.ops.contract import launcher
@@ -87,7 +88,7 @@ class Plan:
             n_rows,
             {"base0": base, "scaled": base, "opened": base, **hidden, "mixed": modules},
         )
-        last = {f"route{len(hidden)}": cfg.n_logits}
+        last = {f"route{len(hidden)}": cfg.n_logits, "head": self.layers["head"][0].shape[-2]}
         self.d_z = Pieces(
             net.n_nets * n_back,
             n_rows,
@@ -97,14 +98,8 @@ class Plan:
         self.place = {name: place.to(x.device) for name, place in places.items()}
         self.precision = cfg.precision
         self.gradients: list[Product | Sum] = self._gradients(flat, *nets[0]) if n_back else []
-        self._tables: dict[tuple[Plan, ...], Any] = {}
-
-    def table_with(self, others: tuple["Plan", ...], like: Tensor) -> Any:
-        """What a launch computes for the gradients of this and others, of as many rows; made once."""
-        if others not in self._tables:
-            passes = [plan.gradients for plan in (self, *others)]
-            self._tables[others] = _gradient_table(like, passes, self.precision, self.n_rows)
-        return self._tables[others]
+        # What the launch computes that writes them.
+        self.table: Any = _gradient_table(x, self.gradients, cfg.precision, n_rows) if n_back else None
 
     def _place(self, member: Member, name: str) -> list[int]:
         weight, bias = member.net.layers()[name]
@@ -124,8 +119,7 @@ class Plan:
                     continue
                 n_out, n_in = weight.shape[-2:]
                 to_weight, to_bias = (flat.place(p) + number * p[0].numel() for p in (weight, bias))
-                at = back * self.n_rows * n_out if name == "head" else self.d_z.at(name, back)
-                d_z = Rows(name == "head", at, n_out)
+                d_z = Rows(self.d_z.at(name, back), n_out)
                 gradients.append(Sum(d_z, 0, self.n_rows, to_bias, 1))
                 if name == "task":  # its product with the one-hot tasks: of rows in task order, a sum a task
                     n = self.n_rows // net.n_tasks
@@ -141,8 +135,8 @@ class LayeredPass:
     """One pass, as `d2r_fast.learning.passes.Pass`: `out` [E,R,n_out] of the first of its networks; `out_beside` of the
     second, of equal sizes, if there is one: greedy, and without a backward."""
 
-    def __init__(self, plan: Plan, flat: FlatParameters, x: Tensor, task: Tensor, choice: RouteChoice):
-        self._plan, self._flat, self._x, self._task = plan, flat, x, task
+    def __init__(self, plan: Plan, flat: FlatParameters, beside: Beside, x: Tensor, task: Tensor, choice: RouteChoice):
+        self._plan, self._flat, self._beside, self._x, self._task = plan, flat, beside, x, task
         self._learns = choice.noise is not None or choice.index is not None  # from the first set of rows
         member = plan.members[0]
         net, n, n_members = member.net, plan.n_rows, len(plan.members)
@@ -186,36 +180,37 @@ class LayeredPass:
         self.out_beside = out[own:].view(net.n_nets, -1, out.shape[-1])
 
     def backward(self, d_out: Tensor) -> Tensor | None:
-        """As `Pass.backward`; but of the parameters the modules' alone get their gradient, the others by
-        `write_gradients`."""
+        """As `Pass.backward`. The gradients of the parameters are made beside what follows, until `Beside.join`."""
         plan, flat, kept, place = self._plan, self._flat, self._kept, self._plan.place
         net = plan.members[0].net
         cfg, n, precision = net.cfg, plan.n_rows, net.cfg.precision
         n_members = net.n_nets * plan.n_back
-        buffer = d_out.new_empty(plan.d_z.size)
+        buffer = self._buffer.new_empty(plan.d_z.size)
         d_z = plan.d_z.of(buffer)
-        d_out = d_out.contiguous().view(n_members, n, -1)
+        d_z["head"].copy_(d_out.view(n_members, n, -1))
 
         def fresh(width: int) -> Tensor:
-            return d_out.new_empty(n_members, n, width)
+            return self._f.new_empty(n_members, n, width)
 
         def to_input(name: str, d_y: Tensor, d_x: Tensor, x: Tensor | None = None) -> Tensor:
             """x: a ReLU gave what the layer reads, and d_x is in front of it."""
             _linear_backward(d_y, self._weights, place[name], x, d_x, precision)
             return d_x
 
-        d_mixed = to_input("head", d_out, fresh(cfg.module_width))
+        d_mixed = to_input("head", d_z["head"], fresh(cfg.module_width))
         d_gate = fresh(cfg.n_modules * cfg.top_k).view(n_members, n, cfg.n_modules, cfg.top_k)
         adjoint = _routed_modules_backward(
             *(d_mixed, self._weights, place["modules"], self._h, self._opened, self._routes, cfg.residual, precision),
             *(self._order, d_z["module0"], d_gate, True),
         )
         index, gate, _, active = self._routes
+        self._read_beside = adjoint, buffer
         if self._learns:
-            _modules_gradient(
-                *(adjoint, self._opened, self._h, index, gate, active, precision),
-                *(flat.view(flat.gradient, parameter) for parameter in plan.layers["modules"]),
-            )
+            with self._beside.branch():
+                _modules_gradient(
+                    *(adjoint, self._opened, self._h, index, gate, active, precision),
+                    *(flat.view(flat.gradient, parameter) for parameter in plan.layers["modules"]),
+                )
         last = len(cfg.route_widths)
         _select_routes_backward(d_gate, index, gate, active, d_z[f"route{last}"])
         for i in range(last, 0, -1):
@@ -227,21 +222,15 @@ class LayeredPass:
             *(self._task, net.n_tasks, d_z["base1"], d_z["task"], precision),
         )
         to_input("base1", d_z["base1"], d_z["base0"], kept["base0"])
-        self._gradients_are_of = self._buffer, self._x, buffer, d_out
+        if self._learns:
+            with self._beside.branch():
+                _network_gradient(flat.gradient, plan.table, self._buffer, self._x, buffer)
         to_x = range(1 if self._learns else 0, plan.n_back)
         if len(to_x) == 0:
             return None
-        d_x = d_out.new_empty(len(to_x) * n, net.n_in)
+        d_x = self._f.new_empty(len(to_x) * n, net.n_in)
         for own, i in zip(d_x.split(n), to_x, strict=True):
             of_set = range(i, n_members, plan.n_back)
-            _linear_backward(d_z["base0"], self._weights, place["base0"], None, own, precision, of_set)
+            # Rows of so odd a width are copied 4 bytes at a time, which takes numbers of 4 bytes: not bfloat16.
+            _linear_backward(d_z["base0"], self._all, place["base0"], None, own, precision, of_set)
         return d_x
-
-
-def write_gradients(passes: Sequence[LayeredPass]) -> None:
-    """Of the layers around the modules, after `backward`, in one launch: of one pass, or of two over as many rows, of
-    which larger tiles fill a device."""
-    first, *others = passes
-    flat = first._flat
-    table = first._plan.table_with(tuple(other._plan for other in others), flat.gradient)
-    _network_gradient(flat.gradient, table, [one._gradients_are_of for one in passes])

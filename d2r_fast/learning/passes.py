@@ -6,7 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from d2r_fast.learning.layered import LayeredPass, Plan, write_gradients
+from d2r_fast.learning.beside import Beside
+from d2r_fast.learning.layered import LayeredPass, Plan
 from d2r_fast.learning.parameters import FlatParameters
 from d2r_fast.nets.agent import run
 from d2r_fast.nets.d2r import GREEDY, RouteChoice, RoutedNetwork
@@ -24,31 +25,26 @@ class Pass(Protocol):
         """From d_out [E,n,n_out], of the first n rows.
 
         The rows that the choice of routes was for give the parameters their gradient, written over what was there, at
-        the latest by `finish_gradients`. To rows after them parameters are constant: returned is the gradient at their
-        x, summed over the networks, if d_out reaches to them.
+        the latest when the network's `beside` is joined, until when the pass must live. To rows after them parameters
+        are constant: returned is the gradient at their x, summed over the networks, if d_out reaches to them.
         """
-
-
-def finish_gradients(*passes: Pass) -> None:
-    """Write what is still to be written of the parameters' gradients of passes that went back, over as many rows: of
-    layers that run one by one on a GPU, for which one launch of all does better than one a pass."""
-    layered = [one for one in passes if isinstance(one, LayeredPass)]
-    if layered:
-        write_gradients(layered)
 
 
 class Network:
     """Runs passes through one network; made once, for what every pass looks up.
 
+    beside      for the gradients of parameters, which a backward does not wait for
     parameters  as `RoutedNetwork.in_order`, or simply in order
     gradients   of each, where a backward writes: views of `flat_gradient`; none unless `trained`
     """
 
-    def __init__(self, net: RoutedNetwork | UnroutedNetwork, flat: FlatParameters, trained: bool = True):
+    def __init__(
+        self, net: RoutedNetwork | UnroutedNetwork, flat: FlatParameters, beside: Beside, trained: bool = True
+    ):
         self.net: Any = net  # of the kind that a pass is for
         in_order = net.in_order() if isinstance(net, RoutedNetwork) else net.parameters()
         self.parameters: list[Tensor] = list(in_order)
-        self._flat = flat
+        self._flat, self._beside = flat, beside
         self.gradients = flat.gradients(self.parameters) if trained else []
         self._kinds: dict[int, type[Pass]] = {}
         self._plans: dict[tuple[int, ...], Plan] = {}
@@ -84,7 +80,7 @@ class Network:
         if plan is None:
             nets = [(self.net, x), *beside]
             plan = self._plans[sizes] = Plan(self._flat, nets, n_rows, n_back // n_rows)
-        return LayeredPass(plan, self._flat, x, task, choice)
+        return LayeredPass(plan, self._flat, self._beside, x, task, choice)
 
     def runs_as_one(self, x: Tensor) -> bool:
         """Whether a pass over rows like x is one call of `routed_network`."""

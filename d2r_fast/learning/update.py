@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from d2r_fast.config import SacConfig
+from d2r_fast.learning.beside import Beside
 from d2r_fast.learning.in_turn import InTurn
 from d2r_fast.learning.parameters import FlatParameters
-from d2r_fast.learning.passes import Network, finish_gradients
+from d2r_fast.learning.passes import Network
 from d2r_fast.learning.sac import actor_choice, draw_reset, draw_route_noise, reset_extreme_tasks
 from d2r_fast.learning.saved_state import check_tensor, check_tensors, count, describe, field
 from d2r_fast.learning.shares import Shares
@@ -96,8 +97,11 @@ class Update:
         self.flat = FlatParameters(agent)
         self.first, self.second = torch.zeros_like(self.flat.values), torch.zeros_like(self.flat.values)
         self.step_count = torch.zeros((), dtype=torch.int64, device=self.first.device)
-        self._actor, self._critics = (Network(owner.net, self.flat) for owner in (agent.actor, agent.critics))
-        self._targets = Network(agent.target_critics.net, self.flat, trained=False)
+        self._beside = Beside(self.first.device)
+        self._actor, self._critics = (
+            Network(owner.net, self.flat, self._beside) for owner in (agent.actor, agent.critics)
+        )
+        self._targets = Network(agent.target_critics.net, self.flat, self._beside, trained=False)
         self._as_one: bool | None = None
         self._layouts: dict[tuple[int, int, bool], Layout] = {}
         # Without route balancing what the step says goes nowhere.
@@ -105,7 +109,8 @@ class Update:
         (self._alpha_gradient,) = self.flat.gradients([agent.log_alpha])
         self._learning_rates = [cfg.actor_lr, *[cfg.critic_lr] * N_CRITICS, cfg.alpha_lr]
         in_turn = InTurn(
-            agent, cfg, (self._actor, self._critics, self._targets), self._alpha_gradient, self._step_of_part
+            *(agent, cfg, (self._actor, self._critics, self._targets)),
+            *(self._alpha_gradient, self._step_of_part, self._beside),
         )
         self._one_by_one = {"critics_first": in_turn.critics_first, "actor_first": in_turn.actor_first}.get(cfg.order)
         self._norms: dict[str, Tensor] = {}  # of the parts that have made their step
@@ -190,7 +195,7 @@ class Update:
         assert d_now is not None
         d_policy = squash_backward(d_now[:, n_obs:], loss.d_logp, policy.out[0, :n], draws.noise[:n], actions[:n])
         policy.backward(d_policy[None])
-        finish_gradients(value, policy)
+        self._beside.join()
         if alpha_loss is not None:
             loss.losses[0] = alpha_loss
         return loss.losses

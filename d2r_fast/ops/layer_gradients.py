@@ -6,11 +6,9 @@ from typing import NamedTuple
 class Rows(NamedTuple):
     """The gradient of what a layer gives, [B,width], in front of its ReLU if there is one.
 
-    outside  whether it lies in the tensor of the last layer's, or where all others do
-    at       where it begins
+    at  where it begins
     """
 
-    outside: bool
     at: int
     width: int
 

@@ -83,10 +83,10 @@ def test_a_linear_layer_reads_its_operands_once_a_tile():
 
 
 def test_gradients_of_a_network_are_tiles_of_products_and_sums():
-    rows = Rows(outside=False, at=0, width=100)
+    rows = Rows(at=0, width=100)
     products = [Product(rows, False, 0, 70, 70, 0), Sum(rows, 0, 1280, 7000, 1)]
     tensors = {"d_z_ptr": memory(1280, 100), "act_ptr": memory(1280, 70), "gradient_ptr": memory(7100)}
-    sizes = {"N_ROWS": 1280, "BLOCK_OUT": 64, "BLOCK_IN": 64, "BLOCK_DEPTH": 32, "of_table": [products]}
+    sizes = {"N_ROWS": 1280, "BLOCK_OUT": 64, "BLOCK_IN": 64, "BLOCK_DEPTH": 32, "of_table": products}
     work = work_of(call("network_gradient_kernel (Triton)", kernel=object(), grid=(6,), **sizes, **tensors))
     assert work.flop == 2 * 4 * 64 * 64 * 1280
     d_z, act, gradient = work.accesses

@@ -233,29 +233,33 @@ def test_what_is_kept_in_bfloat16_gives_the_numbers_that_a_product_rounds(n_in, 
     linear.backward_at(d_y, rounded[1], place, rounded[0], d_x, "bf16")
     linear.backward_at(d_y, low_weight, place, low_x, low_d_x, "bf16")
     assert torch.equal(low_d_x, d_x)
+    d_y = d_y.bfloat16().float()
+    lowest_d_x = torch.empty_like(d_x, dtype=torch.bfloat16)
+    linear.backward_at(d_y, low_weight, place, low_x, d_x, "bf16")
+    linear.backward_at(d_y.bfloat16(), low_weight, place, low_x, lowest_d_x, "bf16")
+    assert torch.equal(lowest_d_x.double(), nearest(d_x, "bf16"))
 
-    rows = Rows(False, 0, n_out)
+    rows = Rows(0, n_out)
     products = [Product(rows, False, 0, n_in, n_in, 0), Sum(rows, 0, n, n_in * n_out, 1)]
     written = [torch.empty(n_in * n_out + n_out, device=DEVICE) for _ in range(2)]
-    for kept, gradient in zip((rounded[0], low_x), written, strict=True):
-        table = network_gradient.gradient_table(x, [products], "bf16", n)
-        network_gradient.network_gradient(gradient, table, [(kept, x, d_y, d_y)])
+    for kept, d_z, gradient in zip((rounded[0], low_x), (d_y, d_y.bfloat16()), written, strict=True):
+        table = network_gradient.gradient_table(x, products, "bf16", n)
+        network_gradient.network_gradient(gradient, table, kept, x, d_z)
     torch.testing.assert_close(*written, rtol=1e-5, atol=1e-5)  # whose instructions may sum in another order
 
 
 @tiles
 def test_gradients_of_all_layers_in_one_launch(precision, n_enough, monkeypatch):
-    """Two layers of a pass, the rows of two tasks among them, and one of another pass: wide and narrow rows, in and
-    outside the buffers, written between other numbers."""
+    """Two layers, the rows of two tasks among them: wide and narrow rows, in and outside the buffer, written between
+    other numbers."""
     monkeypatch.setattr(settings, "ENOUGH", n_enough)
     n, n_in, hidden, n_out = 70, 10, 68, 72
     x = torch.randn(n, n_in + 1, device=DEVICE)[:, :n_in]
     h = torch.randn(n, hidden, device=DEVICE)
     d_h, d_out = torch.randn(n, hidden, device=DEVICE), torch.randn(n, n_out, device=DEVICE)
-    act, d_z = (torch.cat([v.new_zeros(16), v.flatten()]) for v in (h, d_h))
-    first, second = Rows(False, 16, hidden), Rows(True, 0, n_out)
+    act, d_z = (torch.cat([v.new_zeros(16), v.flatten()]) for v in (h, torch.cat([d_h.flatten(), d_out.flatten()])))
+    first, second = Rows(16, hidden), Rows(16 + n * hidden, n_out)
     sizes = {"between": 4, "first": hidden * n_in, "second": hidden * n_out, "bias": n_out + 4, "tasks": 2 * hidden}
-    sizes["beside"] = hidden * n_out
     begin = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
     gradients = [
         Sum(second, 0, n, begin["bias"], 1),
@@ -263,23 +267,19 @@ def test_gradients_of_all_layers_in_one_launch(precision, n_enough, monkeypatch)
         *(Sum(first, 35 * t, 35, begin["tasks"] + t, 2) for t in range(2)),
         Product(second, False, 16, hidden, hidden, begin["second"]),
     ]
-    beside = [Product(second, False, 16, hidden, hidden, begin["beside"])]
-    table = network_gradient.gradient_table(x, [gradients, beside], precision, n)
+    table = network_gradient.gradient_table(x, gradients, precision, n)
     written, again = (torch.full((sum(sizes.values()),), 7.0, device=DEVICE) for _ in range(2))
-    other_act, other_d_out = torch.randn_like(act), torch.randn_like(d_out)
-    passes = [(act, x, d_z, d_out), (other_act, x, d_z, other_d_out)]
-    network_gradient.network_gradient(written, table, passes)
+    network_gradient.network_gradient(written, table, act, x, d_z)
     expected = {
         "between": torch.full((4,), 7.0, device=DEVICE),
         "first": nearest(d_h, precision).mT @ nearest(x.contiguous(), precision),
         "second": nearest(d_out, precision).mT @ nearest(h, precision),
         "bias": torch.cat([d_out.double().sum(0), torch.full((4,), 7.0, device=DEVICE)]),
         "tasks": torch.stack([part.double().sum(0) for part in d_h.split(35)], 1),
-        "beside": nearest(other_d_out, precision).mT @ nearest(other_act[16:].view(n, hidden), precision),
     }
     for ours, (name, value) in zip(written.split([*sizes.values()]), expected.items(), strict=True):
         torch.testing.assert_close(ours.double(), value.flatten().double(), rtol=1e-5, atol=2e-5, msg=name)
-    network_gradient.network_gradient(again, table, passes)
+    network_gradient.network_gradient(again, table, act, x, d_z)
     assert torch.equal(again, written)
 
 

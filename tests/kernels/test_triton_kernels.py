@@ -18,7 +18,6 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 from d2r_fast.kernels import routed_modules as triton_modules
 from d2r_fast.kernels import row_order as triton_order
 from d2r_fast.kernels import select_routes as triton_routes
-from d2r_fast.kernels import settings
 from d2r_fast.kernels import weight_gradient as triton_gradient
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -79,12 +78,6 @@ def assert_same(ours, expected, names=None):
         assert torch.equal(ours[name], expected[name]), name
 
 
-def tile_as(monkeypatch, tiles):
-    """Small ones, large ones, or two of these side by side, however many programs there are."""
-    monkeypatch.setattr(settings, "ENOUGH", 10**9 if tiles == "small" else 1)
-    monkeypatch.setattr(settings, "MORE_THAN_A_ROUND", 1 if tiles == "two" else 10**9)
-
-
 CASES = [
     (1, 1, 1, 1, 16, "random", "all", True),
     (2, 17, 2, 2, 33, "random", "random", True),
@@ -120,12 +113,8 @@ def test_modules_match_the_reference(e, b, n, k, d, kind, flow, residual):
 
 
 @pytest.mark.parametrize("residual", [True, False], ids=["res", "nores"])
-@pytest.mark.parametrize(
-    ("tiles", "precision"),
-    [("small", "float32"), *((tiles, low) for tiles in ("small", "large", "two") for low in ("tf32", "bf16"))],
-)
-def test_modules_are_as_accurate_as_torch_in_that_precision(tiles, precision, residual, monkeypatch):
-    tile_as(monkeypatch, tiles)
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_modules_are_as_accurate_as_torch_in_that_precision(precision, residual):
     h0, weight, bias, routes = make_modules(2, 40, 6, 2, 100)
     case = (h0.float(), weight.float(), bias.float(), routes._replace(gate=routes.gate.float()))
     cotangent = torch.randn(h0.shape, device=DEVICE).bfloat16().float()
@@ -141,30 +130,6 @@ def test_modules_are_as_accurate_as_torch_in_that_precision(tiles, precision, re
         print(f"{name}: {error / max(allowed, 1e-300):.2f} of torch's error")
         assert error <= 2 * allowed + 8 * eps * largest(value), name
         assert precision != "bf16" or name == "bias" or error > 0, name  # it did multiply in bfloat16
-
-
-@pytest.mark.parametrize(
-    ("e", "b", "n", "k", "d", "kind", "residual"),
-    [
-        (1, 20, 5, 2, 17, "random", True),  # the second tile has no row
-        (2, 77, 4, 2, 20, "random", True),  # two, then one of them a part
-        (1, 64, 8, 3, 16, "alternating", False),  # rows of either tile skip what the other's run
-        (1, 40, 6, 5, 16, "lowest", True),
-    ],
-)
-@pytest.mark.parametrize("precision", ["tf32", "bf16"])
-def test_two_tiles_side_by_side_are_two_tiles(e, b, n, k, d, kind, residual, precision, monkeypatch):
-    case = make_modules(e, b, n, k, d, kind)
-    case = (*(value.float() for value in case[:3]), case[3]._replace(gate=case[3].gate.float()))
-    cotangent = torch.randn(e, b, d, device=DEVICE)
-    found = []
-    for tiles in ("large", "two"):
-        tile_as(monkeypatch, tiles)
-        assert settings.walk_launch("routed_modules_bwd", precision, n, k, d, b, e)["TILES"] == 1 + (tiles == "two")
-        found.append(run_triton(case, cotangent, residual, precision))
-    for name, value in found[0].items():  # another number of threads may sum in another order
-        allowed = 0.0 if INTERPRETED else 1e-5 * max(1.0, largest(value))
-        assert largest(found[1][name] - value) <= allowed, name
 
 
 @pytest.mark.parametrize("sort_rows", [False, True], ids=["as_they_come", "sorted"])
@@ -194,7 +159,7 @@ def test_more_programs_than_one_axis_of_a_grid_has_room_for(monkeypatch):
     case, cotangent = make_modules(2, 70, 4, 2, 16), torch.randn(2, 70, 16, device=DEVICE, dtype=DTYPE)
     before = run_triton(case, cotangent)
     monkeypatch.setattr(triton_modules, "MOST_PROGRAMS", 2)
-    assert triton_modules._grid(70, {"BLOCK_ROWS": 16, "TILES": 1}, 2) == (2, 2, 3)
+    assert triton_modules._grid(70, {"BLOCK_ROWS": 16}, 2) == (2, 2, 3)
     assert_same(run_triton(case, cotangent), before)
 
 

@@ -48,18 +48,6 @@ def test_modules(size, precision):
     assert_near(ours, modules.truth_of(case, cotangent, residual), precision)
 
 
-@pytest.mark.parametrize("precision", ["tf32", "bf16"])
-@pytest.mark.parametrize("sort_rows", [False, True], ids=["as_they_come", "sorted"])
-@pytest.mark.parametrize(("e", "b", "n", "d"), [(1, 45, 16, 128), (2, 75, 3, 36)])
-def test_modules_of_two_tiles_side_by_side(e, b, n, d, sort_rows, precision, monkeypatch):
-    modules.tile_as(monkeypatch, "two")
-    case = modules.make_modules(e, b, n, 2, d)
-    cotangent = torch.randn(case[0].shape).bfloat16().float()
-    assert_near(
-        modules.run_triton(case, cotangent, True, precision, sort_rows), modules.truth_of(case, cotangent), precision
-    )
-
-
 @every_precision
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("size", linear.SIZES, ids=lambda size: "E{}-B{}-{}to{}".format(*size))
