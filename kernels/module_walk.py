@@ -1,5 +1,5 @@
-"""A tile of rows on its way through the N modules of a network, forward and back: what programs of `routed_modules` and
-`whole_network` do between module 0's output and what the last route mixes.
+"""A tile of rows on its way through the N modules of a network, forward and back: what programs of `routed_modules` do
+between module 0's output and what the last route mixes.
 
 A module's sources are rows of the same tile, so one program walks all modules by itself. What it writes for one module
 it reads for a later one: same program, but other threads, hence the barrier after every module. A tile that skips a
