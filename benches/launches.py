@@ -48,10 +48,8 @@ def main() -> None:
     rows = []
     for suite in SUITES:
         rows.append(as_row(suite, "cpu", "float32", calls_on_cpu(suite_config(suite, "float32"))))
-        for path, whole_networks in (("gpu", False), ("gpu, whole networks", True)):
-            for precision in PRECISIONS:
-                made = calls_on_gpu(suite_config(suite, precision), whole_networks)
-                rows.append(as_row(suite, path, precision, made))
+        for precision in PRECISIONS:
+            rows.append(as_row(suite, "gpu", precision, calls_on_gpu(suite_config(suite, precision))))
     print_table(rows, [column for column in rows[0] if column != "calls"])
     write_report(args.json, "python " + " ".join(["benches/launches.py", *sys.argv[1:]]), "cpu", rows)
 

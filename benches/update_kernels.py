@@ -27,15 +27,13 @@ from d2r_fast.learning.learner import Learner
 from d2r_fast.ops.backends import PRECISIONS
 from d2r_fast.presets import PRESETS
 
-NETWORKS = ("layers", "whole")
 TRACED = 10
 """Updates in a trace."""
 
 
-def captured_learner(suite: str, precision: str, networks: str) -> Learner:
+def captured_learner(suite: str, precision: str) -> Learner:
     """A learner whose update is a graph."""
     learner = make_learner(variant_of(PRESETS[SUITES[suite]][1], "triton", precision), "cuda")
-    learner.update.whole_networks = networks == "whole"
     learner.run(10)
     learner.wait()
     return learner
@@ -81,13 +79,13 @@ def _short(name: str) -> str:
     return name.removesuffix("_kernel") if name.endswith("_kernel") else name[:60]
 
 
-def predicted_us(path: Path) -> dict[tuple[str, str, str], dict[str, float]]:
-    """Of each kernel the us of all its launches in an update, by suite, precision and networks."""
+def predicted_us(path: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """Of each kernel the us of all its launches in an update, by suite and precision."""
     if not path.is_file():
         return {}
-    sums: dict[tuple[str, str, str], dict[str, float]] = {}
+    sums: dict[tuple[str, str], dict[str, float]] = {}
     for row in json.loads(path.read_text())["rows"]:
-        own = sums[row["suite"], row["precision"], row["networks"]] = defaultdict(float)
+        own = sums[row["suite"], row["precision"]] = defaultdict(float)
         for line in row.get("lines", []):
             own[line["kernel"]] += line["us"]
     return sums
@@ -110,13 +108,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suites", default="mt10,mt50", help=f"comma separated, of {', '.join(SUITES)}")
     parser.add_argument("--precisions", default=",".join(PRECISIONS), help="comma separated")
-    parser.add_argument("--networks", default="layers", help=f"comma separated, of {', '.join(NETWORKS)}")
     parser.add_argument("--rounds", type=int, default=200, help="replays measured")
     parser.add_argument("--predicted", type=Path, default=Path(__file__).parent / "results" / "cost_h200.json")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
     predicted, rows = predicted_us(args.predicted), []
-    for of in product(args.suites.split(","), args.precisions.split(","), args.networks.split(",")):
+    for of in product(args.suites.split(","), args.precisions.split(",")):
         learner = captured_learner(*of)
         times = measure({"one": lambda learner=learner: learner.run(1)}, "cuda", args.rounds)["one"]
         in_a_row = measure({"many": lambda learner=learner: learner.run(args.rounds)}, "cuda", 3)["many"].median
@@ -126,7 +123,7 @@ def main() -> None:
             print(f"{', '.join(of)}: {error}")
             kernels = []
         learner.require_finite()
-        row = dict(zip(("suite", "precision", "networks"), of, strict=True))
+        row = dict(zip(("suite", "precision"), of, strict=True))
         row |= {"captured": learner._one_update.is_captured, "us": round(1e3 * times.median, 1)}
         row |= {"p10_us": round(1e3 * times.quantile(0.1), 1), "p90_us": round(1e3 * times.quantile(0.9), 1)}
         row |= {"us_in_a_row": round(1e3 * in_a_row / args.rounds, 1), "launches": len(kernels)}

@@ -55,9 +55,6 @@ def random_transitions(cfg: RunConfig, device: str) -> Transitions:
     )
 
 
-WHOLE = "-whole"  # behind a backend's name
-
-
 def make_learner(cfg: RunConfig, device: str) -> Learner:
     torch.manual_seed(0)
     with torch.device(device):
@@ -186,10 +183,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=("mt10", "mt50", "quick"), default="mt10")
     parser.add_argument("--net", default="d2r", help=f"comma separated, of {', '.join(NET_CONFIGS)}; or all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--backends",
-        help=f"comma separated; default: all that work on the device. triton{WHOLE}: D2R's whole networks in a launch",
-    )
+    parser.add_argument("--backends", help="comma separated; default: all that work on the device")
     parser.add_argument("--precisions", default="float32", help=f"comma separated, of {', '.join(PRECISIONS)}")
     parser.add_argument("--rounds", type=int, default=15, help="updates measured of each variant")
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -206,9 +200,8 @@ def main() -> None:
     for net in nets:
         for backend in backends:
             for precision in args.precisions.split(",") if backend != "reference" else ["float32"]:
-                cfg = variant_of(with_net(preset, net), backend.removesuffix(WHOLE), precision)
-                learner = learners[net, backend, precision] = make_learner(cfg, args.device)
-                learner.update.whole_networks = backend.endswith(WHOLE)
+                cfg = variant_of(with_net(preset, net), backend, precision)
+                learners[net, backend, precision] = make_learner(cfg, args.device)
     variants: dict[str, Run] = {"matmul": matmul(args.device, preset.batch_size, rate_like.module_width)}
     for name, learner in learners.items():
         variants["|".join(name)] = lambda learner=learner: learner.run(1)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import triton
@@ -26,7 +25,6 @@ from d2r_fast.kernels.squashed_normal import (
     squashed_normal_fwd_kernel,
 )
 from d2r_fast.kernels.weight_gradient import REDUCE_LAUNCH, weight_gradient_kernel, weight_gradient_reduce_kernel
-from d2r_fast.kernels.whole_network import whole_launch, whole_network_bwd_kernel, whole_network_fwd_kernel
 from d2r_fast.ops.backends import PRECISIONS
 from d2r_fast.ops.layer_gradients import Product, Rows
 
@@ -72,16 +70,14 @@ def _of_networks(
 def cases(short: bool = False) -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
     """Label, size, precision, kernel, and what the launcher passes besides tensors and row counts (None: no tensor).
     short: without those that compile longest, see `_in_short`."""
-    for case in (*_of_modules(), *cases_of_whole_networks(), *cases_of_linear_layers(), *cases_of_the_update()):
-        if not short or _in_short(*case[:3]):
+    for case in (*_of_modules(), *cases_of_linear_layers(), *cases_of_the_update()):
+        if not short or _in_short(*case[:2]):
             yield case
 
 
-def _in_short(label: str, size: str, precision: str) -> bool:
-    """Not what compiles longest and is much like another: whole networks but in tf32, the actor's, weight gradients of
-    other numbers of networks, and the second of two layers with rows of 16 bytes."""
-    if label.startswith("whole_network"):
-        return (size, precision) == ("critics", "tf32")
+def _in_short(label: str, size: str) -> bool:
+    """Not what compiles longest and is much like another: weight gradients of other numbers of networks, and the second
+    of two layers with rows of 16 bytes."""
     return not ((label == "weight_gradient" and "-E" in size) or size.startswith("256to136"))
 
 
@@ -95,8 +91,7 @@ def _of_modules() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
                     flags = _BACK_FLAGS if name == "routed_modules_bwd" else _WALK_FLAGS
                     yield name, size + which, precision, kernel, launch | flags | in_bf16
             for which, launch in _of_networks(partial(gradient_launch, precision, n, k, d)):
-                of_update = {"STEP": 2, "member_ptr": None}
-                yield "weight_gradient", size + which, precision, weight_gradient_kernel, launch | of_update
+                yield "weight_gradient", size + which, precision, weight_gradient_kernel, launch | {"STEP": 2}
         shared = route_launch(n, k)
         unused: dict[str, dict[str, Any]] = {
             "greedy": {"temperature_ptr": None, "noise_ptr": None, "given_ptr": None},
@@ -112,7 +107,7 @@ def _of_modules() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
             backward = _walk_case("routed_modules_bwd", precision, n, k, d, ROWS, 1) | _BACK_FLAGS
             yield "routed_modules_bwd", f"N{n}-K{k}-D{d}", precision, routed_modules_bwd_kernel, backward
     n_splits = triton.cdiv(ROWS, gradient_launch("float32", 16, 2, 128, ROWS, 2)["SPLIT_ROWS"])
-    reduce = {"N_SPLITS": n_splits, "member_ptr": None} | REDUCE_LAUNCH
+    reduce = {"N_SPLITS": n_splits} | REDUCE_LAUNCH
     yield "weight_gradient_reduce", "any", "float32", weight_gradient_reduce_kernel, reduce
     yield "row_order", "B1280", "float32", row_order_kernel, {"N_ROWS": ROWS} | ORDER_LAUNCH
     for n, d in ((4, 128), (2, 256)):
@@ -123,23 +118,6 @@ def _of_modules() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
         size, launch = f"N{n}-D{d}", sum_launch(n, d, orthogonal, 0.0)
         yield "expert_sum_fwd", size, "float32", expert_sum_fwd_kernel, launch
         yield "expert_sum_bwd", size, "float32", expert_sum_bwd_kernel, launch
-
-
-def cases_of_whole_networks() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:
-    """As `cases`: whole networks of the published sizes in an update's four launches: the actor acts along given
-    routes, critics sample theirs; back from these to the actions, and from there through the actor."""
-    cfg = SimpleNamespace(n_modules=16, top_k=2, module_width=128, base_width=400, route_widths=(256, 256))
-    cfg.n_logits, cfg.residual = 136, True
-    acts = dict.fromkeys(("temperature_ptr", "noise_ptr")) | {"RESROUTING": True, "TINY": None}
-    judges = dict.fromkeys(("given_ptr", "normal_ptr")) | {"RESROUTING": True, "TINY": 1.1754943508222875e-38}
-    to_actions = {"N_CRITICS": 2} | dict.fromkeys(("normal_ptr", "d_logp_ptr"))
-    for cfg.precision in PRECISIONS:
-        launch = whole_launch(cfg, 10, N_OBS + N_ACTIONS, N_ACTIONS, backward=False)
-        yield "whole_network_fwd", "actor", cfg.precision, whole_network_fwd_kernel, launch | acts
-        yield "whole_network_fwd", "critics", cfg.precision, whole_network_fwd_kernel, launch | judges
-        launch = whole_launch(cfg, 10, N_OBS + N_ACTIONS, N_ACTIONS, backward=True)
-        yield "whole_network_bwd", "critics", cfg.precision, whole_network_bwd_kernel, launch | to_actions
-        yield "whole_network_bwd", "actor", cfg.precision, whole_network_bwd_kernel, launch | {"N_CRITICS": 2}
 
 
 def cases_of_linear_layers() -> Iterator[tuple[str, str, str, Any, dict[str, Any]]]:

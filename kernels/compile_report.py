@@ -28,7 +28,7 @@ from d2r_fast.kernels.compile_cases import ROWS, cases
 
 TARGET = GPUTarget("cuda", 90, 32)
 MAX_STACK = {
-    **dict.fromkeys(("routed_modules_fwd", "routed_modules_bwd", "whole_network_fwd", "whole_network_bwd"), 64),
+    **dict.fromkeys(("routed_modules_fwd", "routed_modules_bwd"), 64),
     **{"weight_gradient": 32, "split_base": 32, "split_base_bwd": 48},  # of 16 warps: 128 registers at most
     "ensemble_linear_bwd": 64,  # of 128 numbers a thread, once, where they meet the ReLU that gave the layer's input
     "network_gradient": 8,
@@ -46,10 +46,7 @@ ALIGNED = ("n_weights", "n_biases", "n", "targets_begin", "n_targets")
 """Whole numbers that the launcher finds to be multiples of 16 at every size here."""
 TYPES = {
     "*i32": ("index_ptr", "given_ptr", "active_ptr", "list_ptr", "order_ptr"),
-    "*i64": (
-        *("size_ptr", "step_ptr", "table_ptr", "place_ptr", "task_place_ptr", "task_ptr", "line_ptr"),
-        "member_ptr",
-    ),
+    "*i64": ("size_ptr", "step_ptr", "table_ptr", "place_ptr", "task_place_ptr", "task_ptr"),
     "*u8": ("route_ptr", "routes_ptr"),
     "*i1": ("opened_ptr", "flow_ptr", "ended_ptr"),
     "*fp64": ("share_ptr", "corrections_ptr"),

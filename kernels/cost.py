@@ -1,7 +1,6 @@
 """How long an update should take on a GPU, kernel by kernel, and why; predicted without one, from what it launches.
 
-    python -m d2r_fast.kernels.cost [--suite mt10 ...] [--precision tf32 ...] [--networks layers whole]
-                                    [--card h200] [--json FILE]
+    python -m d2r_fast.kernels.cost [--suite mt10 ...] [--precision tf32 ...] [--card h200] [--json FILE]
 
 The launches are those that `benches/launches.py` counts (`launches.calls_on_gpu`); what each does is `work.work_of`;
 how many of its programs a multiprocessor holds comes from the code that it compiles to for sm_90. A kernel takes as
@@ -69,7 +68,6 @@ class Card:
 
 
 CARDS = {"h100": Card(hbm=0.9 * 3.35e12), "h200": Card(hbm=0.9 * 4.8e12)}
-NETWORKS = {"layers": "layer by layer", "whole": "whole networks in a launch"}
 # Cycles of one term of a sum of products that one program makes: 8 terms a tf32 instruction, 16 a bf16 one, of about
 # 33 cycles each; in float32 a thread makes some 8 multiply-adds a term, with their operands from shared memory.
 TERM_CYCLES = {"HGMMA": {"tf32": 4.0, "bf16": 2.0}, "HMMA": {"tf32": 4.0, "bf16": 2.0}, "FFMA": {"float32": 16.0}}
@@ -268,16 +266,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", nargs="+", choices=tuple(SUITES), default=["mt10", "mt50"])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
-    parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=["layers"])
     parser.add_argument("--card", choices=tuple(CARDS), default="h200")
     parser.add_argument("--json", type=Path, help="write the lines here as well")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, under which no kernel is launched")
     card, rows = CARDS[args.card], []
-    for suite, precision, networks in product(args.suite, args.precision, args.networks):
-        lines = predicted_update(calls_on_gpu(suite_config(suite, precision), networks == "whole"), card)
-        print(f"\n{suite}, {precision}, {args.card}, {NETWORKS[networks]}")
+    for suite, precision in product(args.suite, args.precision):
+        lines = predicted_update(calls_on_gpu(suite_config(suite, precision)), card)
+        print(f"\n{suite}, {precision}, {args.card}")
         print_lines(lines)
         total, n_kernels = sum(line.us for line in lines), sum(line.kernels for line in lines)
         by_bound: dict[str, float] = {}
@@ -287,7 +284,7 @@ def main() -> None:
         shares = ", ".join(f"{bound} {us:.0f}" for bound, us in most_first)
         launches = 1e6 * card.launch * n_kernels
         print(f"{total:.0f} us predicted, {launches:.0f} of them {n_kernels} launches; by what bounds it: {shares}")
-        row = {"suite": suite, "precision": precision, "networks": networks, "card": args.card, "us": round(total, 1)}
+        row = {"suite": suite, "precision": precision, "card": args.card, "us": round(total, 1)}
         launched = [{"kernel": n.kernel, "grid": n.grid, "us": round(n.us, 1), "bound": n.bound} for n in lines]
         rows.append(row | {"kernels": n_kernels, "bounds": by_bound, "lines": launched})
     if args.json is not None:

@@ -289,4 +289,4 @@ def _gradient(
     parts = [d_weight, d_bias] if n_splits == 1 else [v.new_empty(n_splits, *v.shape) for v in (d_weight, d_bias)]
     ensemble_linear_gradient_kernel[n_tiles, n_splits, n_nets](d_y, x, y, *parts, n_rows, **launch)
     if n_splits > 1:
-        sum_parts(parts, d_weight, d_bias, None, n_nets, n_splits)
+        sum_parts(parts, d_weight, d_bias)

@@ -206,9 +206,8 @@ def pretended_gpu(recorder: RecordCalls) -> Iterator[None]:
         yield
 
 
-def calls_on_gpu(cfg: RunConfig, whole_networks: bool = False) -> list[Call]:
-    """The calls of one update that do work on a GPU, in their order, at `cfg`'s sizes and precision: layer by layer,
-    or with whole networks in a launch."""
+def calls_on_gpu(cfg: RunConfig) -> list[Call]:
+    """The calls of one update that do work on a GPU, in their order, at `cfg`'s sizes and precision."""
     recorder = RecordCalls(pretends=True)
     cfg = replace(cfg, net=replace(cfg.net, backend="triton"))
     sizes = MultiTaskEnvs.obs_size, MultiTaskEnvs.action_size
@@ -221,7 +220,6 @@ def calls_on_gpu(cfg: RunConfig, whole_networks: bool = False) -> list[Call]:
         replay._set_size(_ROWS_PER_TASK)
         learner = Learner(agent, replay, cfg, seed=0)
         learner.update.flat.segments = segments  # of the CPU, and read there
-        learner.update.whole_networks = whole_networks
         learner.run(1)  # makes tables that are kept
         recorder.calls.clear()
         learner.run(1)

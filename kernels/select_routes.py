@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2r_fast.kernels.gumbel import gumbel_of
 from d2r_fast.kernels.settings import FUSED, check_dtype, packed
 from d2r_fast.kernels.tiles import sum_products
 
@@ -21,14 +20,14 @@ WARP_LOGITS = 512  # of the padded block, 16 a thread: at N=16 two rows are one 
 @triton.jit
 def choose(
     logits_ptr, temperature_ptr, noise_ptr, given_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr,
-    row, exists_row, own, choice_row, takes_noise, takes_given,
-    N: tl.constexpr, K: tl.constexpr, RESROUTING: tl.constexpr, TINY: tl.constexpr,
+    row, exists_row, own, choice_row, chooses,
+    N: tl.constexpr, K: tl.constexpr, RESROUTING: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """All routes of BLOCK_ROWS rows, and their active bits.
 
     row is a row's number in logits and in what is written, own in the temperatures, choice_row in noise or given
-    sources, for the rows that take them. With TINY the noise is uniform yet, and Gumbel's is made of it.
+    sources, for the rows that take them: those that choose.
     """
     inside = exists_row[:, None, None]
     route = 1 + tl.arange(0, BLOCK_N)[None, :, None]  # [1,routes,1]
@@ -39,7 +38,7 @@ def choose(
     logit = route * (route - 1) // 2 + source
     packed = (row * (N * (N + 1) // 2))[:, None, None] + logit
     slots = (row * (N * K))[:, None, None] + (route - 1) * K + slot
-    is_given = takes_given[:, None, None]
+    is_given = chooses[:, None, None]
     choice = choice_row[:, None, None]
 
     free = exists & (source < route)
@@ -47,11 +46,9 @@ def choose(
     score = logits
     if noise_ptr is not None:
         # logits / tau + noise in the order of logits + tau * noise: no division, so no overflow at a tiny tau.
-        tau = tl.load(temperature_ptr + own, mask=takes_noise, other=1.0)
-        noisy = free & takes_noise[:, None, None]
+        tau = tl.load(temperature_ptr + own, mask=chooses, other=1.0)
+        noisy = free & chooses[:, None, None]
         noise = tl.load(noise_ptr + choice * (N * (N + 1) // 2) + logit, mask=noisy, other=0.5)
-        if TINY is not None:
-            noise = gumbel_of(noise, TINY)
         score += tau[:, None, None] * noise
     score = tl.where(score == score, score, float("inf"))
     logits = tl.where(exists & (source >= route), -float("inf"), logits)
@@ -122,18 +119,18 @@ def select_routes_fwd_kernel(
     chooses = (row < n_total) & (own < n_chosen) & (row // n_rows < n_choosing)
     choose(
         logits_ptr, temperature_ptr, noise_ptr, given_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr,
-        row, row < n_total, own, (row // n_rows) * n_chosen + own, chooses, chooses,
-        N, K, RESROUTING, None, BLOCK_N, BLOCK_SLOTS, BLOCK_ROWS,
+        row, row < n_total, own, (row // n_rows) * n_chosen + own, chooses,
+        N, K, RESROUTING, BLOCK_N, BLOCK_SLOTS, BLOCK_ROWS,
     )  # fmt: skip
 
 
 @triton.jit
 def unchoose(
-    d_gate_ptr, index_ptr, gate_ptr, active_ptr, d_logits_ptr, row, own_row, exists_row,
+    d_gate_ptr, index_ptr, gate_ptr, active_ptr, d_logits_ptr, row, exists_row,
     N: tl.constexpr, K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of all logits of BLOCK_ROWS rows. row is a row's number in the routes, own_row in both gradients."""
+    """The gradient of all logits of BLOCK_ROWS rows."""
     route = 1 + tl.arange(0, BLOCK_N)[None, :, None]
     source = tl.arange(0, BLOCK_N)[None, None, :]
     slot = tl.arange(0, BLOCK_SLOTS)[None, None, :]
@@ -146,15 +143,14 @@ def unchoose(
     if active_ptr is not None:
         active = tl.load(active_ptr + row, mask=exists_row, other=0)[:, None, None]
         counts = used & ((route == N) | (((active >> route) & 1) != 0))
-    d_slots = (own_row * (N * K))[:, None, None] + (route - 1) * K + slot
-    d_gate = tl.load(d_gate_ptr + d_slots, mask=counts, other=0.0)
+    d_gate = tl.load(d_gate_ptr + slots, mask=counts, other=0.0)
     d_value = gate * (d_gate - sum_products(gate, d_gate, 2)[:, :, None])
 
     d_logits = tl.zeros((BLOCK_ROWS, BLOCK_N, BLOCK_N), gate.dtype)
     for k in tl.static_range(K):
         pick = tl.sum(tl.where(slot == k, index, 0), 2)[:, :, None]
         d_logits = tl.where(source == pick, tl.sum(tl.where(slot == k, d_value, 0.0), 2)[:, :, None], d_logits)
-    packed = (own_row * (N * (N + 1) // 2))[:, None, None] + route * (route - 1) // 2 + source
+    packed = (row * (N * (N + 1) // 2))[:, None, None] + route * (route - 1) // 2 + source
     tl.store(d_logits_ptr + packed, d_logits, mask=exists & (source < route))
 
 
@@ -169,7 +165,7 @@ def select_routes_bwd_kernel(
     modules that are not count as 0, whatever d_gate holds there."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     unchoose(
-        d_gate_ptr, index_ptr, gate_ptr, active_ptr, d_logits_ptr, row, row, row < n_total,
+        d_gate_ptr, index_ptr, gate_ptr, active_ptr, d_logits_ptr, row, row < n_total,
         N, K, BLOCK_N, BLOCK_SLOTS, BLOCK_ROWS,
     )  # fmt: skip
 

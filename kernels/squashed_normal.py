@@ -26,21 +26,13 @@ def squashed_normal_fwd_kernel(
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_ROWS),); a program owns its rows. Reads 3 A numbers a row, writes A + 1, each once."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    act(out_ptr, noise_ptr, action_ptr, logp_ptr, row, row < n_rows, row * action_stride, A, BLOCK_A)
-
-
-@triton.jit
-def act(
-    out_ptr, noise_ptr, action_ptr, logp_ptr, row, exists_row, action_at, A: tl.constexpr, BLOCK_A: tl.constexpr
-):  # fmt: skip
-    """Writes the actions of some rows, each where action_at says, and their log probabilities."""
     at = tl.arange(0, BLOCK_A)[None, :]
-    inside = exists_row[:, None] & (at < A)
+    inside = (row < n_rows)[:, None] & (at < A)
     mean, _, log_std, noise = _policy(out_ptr, noise_ptr, row, at, inside, A)
     action, slope = _tanh(mean + tl.exp(log_std) * noise)
     logp = -0.5 * noise * noise - log_std - LOG_ROOT_TWO_PI - tl.log(slope + EDGE)
-    tl.store(action_ptr + action_at[:, None] + at, action, mask=inside)
-    tl.store(logp_ptr + row, tl.sum(tl.where(inside, logp, 0.0), 1), mask=exists_row)
+    tl.store(action_ptr + (row * action_stride)[:, None] + at, action, mask=inside)
+    tl.store(logp_ptr + row, tl.sum(tl.where(inside, logp, 0.0), 1), mask=row < n_rows)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -50,27 +42,12 @@ def squashed_normal_bwd_kernel(
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_ROWS),); a program owns its rows. Reads 4 A + 1 numbers a row, writes 2 A, each once."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    act_back(
-        d_action_ptr, d_logp_ptr, out_ptr, noise_ptr, action_ptr, d_out_ptr, row, row < n_rows, row * d_action_stride,
-        0, row * action_stride, 1, A, BLOCK_A,
-    )  # fmt: skip
-
-
-@triton.jit
-def act_back(
-    d_action_ptr, d_logp_ptr, out_ptr, noise_ptr, action_ptr, d_out_ptr, row, exists_row, d_action_at, d_action_step,
-    action_at, N_SUMMED: tl.constexpr, A: tl.constexpr, BLOCK_A: tl.constexpr,
-):  # fmt: skip
-    """Writes the gradient of what the policy's network gave for some rows; that of an action is a sum of N_SUMMED, one
-    `d_action_step` behind the other."""
     at = tl.arange(0, BLOCK_A)[None, :]
-    inside = exists_row[:, None] & (at < A)
+    inside = (row < n_rows)[:, None] & (at < A)
     _, raw, log_std, noise = _policy(out_ptr, noise_ptr, row, at, inside, A)
-    action = tl.load(action_ptr + action_at[:, None] + at, mask=inside, other=0.0)
-    d_action = tl.zeros_like(action)
-    for i in tl.static_range(N_SUMMED):
-        d_action += tl.load(d_action_ptr + i * d_action_step + d_action_at[:, None] + at, mask=inside, other=0.0)
-    d_logp = tl.load(d_logp_ptr + row, mask=exists_row, other=0.0)[:, None]
+    action = tl.load(action_ptr + (row * action_stride)[:, None] + at, mask=inside, other=0.0)
+    d_action = tl.load(d_action_ptr + (row * d_action_stride)[:, None] + at, mask=inside, other=0.0)
+    d_logp = tl.load(d_logp_ptr + row, mask=row < n_rows, other=0.0)[:, None]
     slope = 1 - action * action
     d_mean = (d_action + d_logp * 2 * action / (slope + EDGE)) * slope
     d_raw = tl.where(raw == log_std, d_mean * tl.exp(log_std) * noise - d_logp, 0.0)  # no gradient where it was clamped

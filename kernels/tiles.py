@@ -8,20 +8,14 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def known_place(place_ptr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
-    """A place in a buffer, loaded from a table: where a matrix with rows of that width begins. With rows of a multiple
-    of ALIGNED numbers, 16 bytes, so does it, and the compiler is to know it: an access is as wide as what it starts at.
-    """
-    place = tl.load(place_ptr)
+def at_place(ptr, place_ptr, net, column, WIDTH: tl.constexpr):
+    """A matrix with rows of that width, which begins behind `ptr` as row `net` of a table [networks,3] says. With rows
+    of a multiple of 16 bytes so does it, and the compiler is to know it: an access is as wide as what it starts at."""
+    ALIGNED: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    place = tl.load(place_ptr + net * 3 + column)
     if WIDTH % ALIGNED == 0:
         place = place // ALIGNED * ALIGNED
-    return place
-
-
-@triton.jit
-def at_place(ptr, place_ptr, net, column, WIDTH: tl.constexpr):
-    """A matrix with rows of that width, which begins behind `ptr` as row `net` of a table [networks,3] says."""
-    return ptr + known_place(place_ptr + net * 3 + column, WIDTH, 128 // ptr.dtype.element_ty.primitive_bitwidth)
+    return ptr + place
 
 
 @triton.jit

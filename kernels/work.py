@@ -6,7 +6,6 @@ call does not say by its sizes is rounded up. ValueError: a call that nothing is
 
 from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -57,10 +56,6 @@ def work_of(call: Call) -> Work:
     if call.kernel is None:
         return _of_torch(call)
     name = call.name.removesuffix("_kernel (Triton)")
-    if name in _WHOLE:
-        whole = import_module("d2r_fast.kernels.whole_work")  # which is made of what is here
-        of_whole: Work = getattr(whole, _WHOLE[name])(call)
-        return of_whole
     if name in _SPECIAL:
         return _SPECIAL[name](call)
     if name in _ONCE:
@@ -323,7 +318,6 @@ def _adam(call: Call) -> Work:
     return Work(_once(call, written), loads=3, reductions=1)
 
 
-_WHOLE = {"whole_network_fwd": "forward", "whole_network_bwd": "backward"}
 _SPECIAL: dict[str, Callable[[Call], Work]] = {
     "ensemble_linear_fwd": _linear_fwd,
     "ensemble_linear_bwd": _linear_bwd,

@@ -208,26 +208,18 @@ def check_update(v: Vector) -> Iterator[Quantity]:
             yield f"grad/{prefix}{name}", agent.get_parameter(prefix + name).grad.clone(), grad
     yield "grad/log_alpha", agent.log_alpha.grad.clone(), v["grad/log_alpha"]
 
-    by_calls, by_whole_networks = copy.deepcopy(agent), copy.deepcopy(agent)
+    by_calls = copy.deepcopy(agent)
     metrics = update(agent, make_optimiser(agent, sac), batch, draws, sac)
     norms = recorded_norms(v)
     named = [metrics[f"grad_norm/{name}"].reshape(-1) for name in ("actor", "critic", "alpha")]
     yield "grad_norm", torch.cat(named), norms
     yield from check_after(v, agent, "after/")
 
-    ways = [("update/", by_calls)]
-    if v.backend == "triton":
-        ways.append(("whole networks/", by_whole_networks))
-    for prefix, changed in ways:
-        step = one_step.Update(changed, sac)
-        step.whole_networks = changed is by_whole_networks
-        rows, task, noise = as_one_step(batch, draws)
-        if step.whole_networks and not step.runs_whole(rows.x):
-            raise RuntimeError(f"{v.path}: expected an update that whole networks make")
-        told = step.step(rows, task, noise)
-        yield f"{prefix}task_loss", told.losses[:3].sum(0), v["task_loss"]
-        yield f"{prefix}grad_norm", told.norms, norms
-        yield from check_after(v, changed, f"{prefix}after/")
+    rows, task, noise = as_one_step(batch, draws)
+    told = one_step.Update(by_calls, sac).step(rows, task, noise)
+    yield "update/task_loss", told.losses[:3].sum(0), v["task_loss"]
+    yield "update/grad_norm", told.norms, norms
+    yield from check_after(v, by_calls, "update/after/")
 
 
 def check_after(v: Vector, agent: Agent, prefix: str) -> Iterator[Quantity]:

@@ -55,13 +55,11 @@ in_background() {
 
 # Found in Triton's cache later.
 warm() {
-  local suite precision networks
+  local suite precision
   for suite in mt10 mt50; do
     for precision in tf32 bf16 float32; do
-      for networks in layers whole; do
-        in_background "${suite}_${precision}_$networks" 200 python3 benches/update_kernels.py --suites "$suite" \
-          --precisions "$precision" --networks "$networks" --rounds 1
-      done
+      in_background "${suite}_$precision" 200 python3 benches/update_kernels.py --suites "$suite" \
+        --precisions "$precision" --rounds 1
     done
   done
   in_background linear_layers 200 python3 benches/linear_layers.py --rounds 1
@@ -74,7 +72,7 @@ tests() {
   # of its own process with it.
   step tests 230 60 python3 -m pytest -q -n 12 -rfE --tb=short -p no:cacheprovider tests/gpu \
     tests/kernels/test_triton_kernels.py tests/kernels/test_update_kernels.py tests/kernels/test_linear_kernels.py \
-    tests/kernels/test_whole_kernels.py
+    tests/kernels/test_layered_update.py
   wait
   for check in "reference float64" "reference float32" "triton float32"; do
     read -r backend dtype <<< "$check"
@@ -104,7 +102,7 @@ update_step() {
 
 update() {
   step update_kernels 120 120 python3 benches/update_kernels.py --suites mt10,mt50 --precisions float32,tf32,bf16 \
-    --networks layers,whole --json "$results/update_kernels.json"
+    --json "$results/update_kernels.json"
   update_step mt10
   step linear_layers 60 24 python3 benches/linear_layers.py --json "$results/linear_layers_cuda.json"
 }
@@ -132,7 +130,7 @@ sanitize() {
   some+=" or gumbel or (squashed and 33-) or (test_losses and float32) or (the_step and aligned) or rows_are"
   # Of the linear layers: a single row, rows in splits, each precision.
   some+=" or (matches_float64 and (B1- or B600)) or (rounded_to_nearest and relu)"
-  # Of the whole network's: parameters and rows that lie elsewhere, all gradients in one launch, the order of rows.
+  # Of an update's networks: parameters and rows that lie elsewhere, all gradients in one launch, the order of rows.
   some+=" or elsewhere or one_launch or tasks_row or stable_sort"
   # Memory straight from the driver, so that a tensor's end is an allocation's end.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1

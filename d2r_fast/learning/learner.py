@@ -87,8 +87,7 @@ class Learner:
 
     def _update(self) -> None:
         rows = self._replay.sample_rows(self._n_rows, self.generator)
-        uniform = self.update.runs_whole(rows.x)
-        draws = draw(self.agent, rows, self._task, self.generator, self._cfg.sac, uniform)
+        draws = draw(self.agent, rows, self._task, self.generator, self._cfg.sac)
         torch._foreach_add_(self._sums, list(self.update.step(rows, self._task, draws)))
 
     def take_metrics(self) -> dict[str, list[float]]:

@@ -86,10 +86,6 @@ class Network:
         """Whether a pass over rows like x is one call of `routed_network`."""
         return isinstance(self.net, RoutedNetwork) and self.net.runs_as_one(x)
 
-    def runs_layered(self, x: Tensor) -> bool:
-        """Whether a pass over rows like x runs Triton's kernels."""
-        return self._kind_of(x) is LayeredPass
-
     def _kind_of(self, x: Tensor) -> type[Pass]:
         kind = self._kinds.get(len(x))
         if kind is None:  # who hooks a layer later is not seen: looking costs more than a small layer

@@ -20,9 +20,8 @@ from d2r_fast.learning.passes import Network
 from d2r_fast.learning.sac import actor_choice, draw_reset, draw_route_noise, reset_extreme_tasks
 from d2r_fast.learning.saved_state import check_tensor, check_tensors, count, describe, field
 from d2r_fast.learning.shares import Shares
-from d2r_fast.learning.whole import Layout, WholeNetworks
 from d2r_fast.nets.agent import N_CRITICS, Agent
-from d2r_fast.nets.d2r import GREEDY, RouteChoice
+from d2r_fast.nets.d2r import RouteChoice
 from d2r_fast.ops.optimiser_step import optimiser_step
 from d2r_fast.ops.replay_rows import ReplayRows
 from d2r_fast.ops.sac_gradient import sac_gradient
@@ -39,28 +38,19 @@ class Draws(NamedTuple):
     critic_choice  how the critics choose routes in their loss: sampled
     actor_noise    [1,B,R] standard Gumbel, where the actor's routes are sampled
     reset          [T,T] in [0, 1), where extreme tasks are reset
-    route_uniform  [E,B,R] in [0, 1), of which whole networks make the critics' noise, and look at no critic_choice
     """
 
     noise: Tensor
     critic_choice: RouteChoice
     actor_noise: Tensor | None = None
     reset: Tensor | None = None
-    route_uniform: Tensor | None = None
 
 
-def draw(
-    agent: Agent, rows: ReplayRows, task: Tensor, generator: torch.Generator, cfg: SacConfig, uniform: bool = False
-) -> Draws:
-    """Fresh random numbers for `Update.step`, in one call a kind; `generator` lives on the agent's device. uniform: the
-    step makes the noise of routes itself."""
+def draw(agent: Agent, rows: ReplayRows, task: Tensor, generator: torch.Generator, cfg: SacConfig) -> Draws:
+    """Fresh random numbers for `Update.step`, in one call a kind; `generator` lives on the agent's device."""
     n_rows, like = len(rows.reward), rows.reward
     shape = (2 * n_rows, agent.actor.action_size)
     noise = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
-    if uniform:
-        of_critics = (N_CRITICS, n_rows, agent.critics.net.cfg.n_logits)
-        route_uniform = torch.rand(of_critics, dtype=like.dtype, device=like.device, generator=generator)
-        return Draws(noise, GREEDY, reset=draw_reset(agent, like, generator, cfg), route_uniform=route_uniform)
     actor_noise, critic_noise = draw_route_noise(agent, n_rows, like, generator, cfg)
     critic_choice = RouteChoice.sampled(agent.route_temp[task[:n_rows]], critic_noise)
     return Draws(noise, critic_choice, actor_noise, draw_reset(agent, like, generator, cfg))
@@ -86,11 +76,7 @@ class Update:
 
     first, second  [n] Adam's moments, laid out as `flat.values`
     step_count     []  int64, steps made
-    whole_networks a GPU runs whole D2R networks in a launch, instead of layer by layer; benches/GPU_TODO.md says what
-                   will decide which of the two stays
     """
-
-    whole_networks = False
 
     def __init__(self, agent: Agent, cfg: SacConfig, shares: Shares | None = None):
         self.agent, self._cfg, self._shares = agent, cfg, shares
@@ -103,7 +89,6 @@ class Update:
         )
         self._targets = Network(agent.target_critics.net, self.flat, self._beside, trained=False)
         self._as_one: bool | None = None
-        self._layouts: dict[tuple[int, int, bool], Layout] = {}
         # Without route balancing what the step says goes nowhere.
         self._route_temp = agent.route_temp if cfg.route_balancing else torch.empty_like(agent.route_temp)
         (self._alpha_gradient,) = self.flat.gradients([agent.log_alpha])
@@ -126,11 +111,7 @@ class Update:
             choice = self._actor_choice(rows, task, draws)
             losses = self._one_by_one(rows, task, draws.noise, choice, draws.critic_choice)
         else:
-            fill = self._fill_gradient
-            if self._runs_as_one(rows.x):
-                fill = self._fill_gradient_in_one
-            elif self.runs_whole(rows.x):
-                fill = self._fill_gradient_by_whole_networks
+            fill = self._fill_gradient_in_one if self._runs_as_one(rows.x) else self._fill_gradient
             losses = fill(rows, task, draws)
         if cfg.order == "joint" and cfg.clip_alpha:
             self._average(flat.gradient)
@@ -237,20 +218,6 @@ class Update:
         self._step_of_part("alpha")
         return loss
 
-    def _fill_gradient_by_whole_networks(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Tensor:
-        """`_fill_gradient` with two launches forward and two back for all networks, the policy's actions among them."""
-        agent, n = self.agent, len(rows.reward)
-        sizes = n, rows.x.stride(0), draws.critic_choice.index is None
-        layout = self._layouts.get(sizes)
-        if layout is None:
-            layout = self._layouts[sizes] = Layout(agent, self.flat, rows.x, sampled=sizes[-1])
-        networks = WholeNetworks(layout, self.flat, rows.x, task[:n], draws.noise)
-        logp = networks.act(rows.route)
-        q, target_q = networks.judge(draws.critic_choice, draws.route_uniform, agent.route_temp)
-        loss = self._losses(q, target_q, logp, rows)
-        networks.go_back(loss.d_q, loss.d_logp)
-        return loss.losses
-
     def _runs_as_one(self, x: Tensor) -> bool:
         """Whether each pass is one call, and so the update's gradient can be one."""
         if self._as_one is None:  # who hooks a layer later is not seen, as in `Network`
@@ -260,11 +227,6 @@ class Update:
             like_that &= self._shares is None or self._cfg.loss_limit == math.inf
             self._as_one = like_that and all(network.runs_as_one(x[0]) for network in networks)
         return self._as_one
-
-    def runs_whole(self, x: Tensor) -> bool:
-        """Whether whole networks run over rows x [3,B,O+A]."""
-        like_that = self._cfg.actor_routes == "replayed" and self._cfg.order == "joint"
-        return self.whole_networks and like_that and self._actor.runs_layered(x[0])
 
     def _fill_gradient_in_one(self, rows: ReplayRows, task: Tensor, draws: Draws) -> Tensor:
         """The same by one call: at small sizes to make the calls takes as long as a tenth of what they do."""

@@ -12,22 +12,20 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 from d2r_fast.kernels.cost import CARDS, Cache, Resources, predict, waves_of
 from d2r_fast.kernels.launches import SUITES, Call, Memory
 from d2r_fast.kernels.work import Work, route_shares, work_of
-from d2r_fast.learning.whole import BACK
 from d2r_fast.ops.layer_gradients import Product, Rows, Sum
 
 EVERY_LAUNCH = """
 import json
-from itertools import product
 from d2r_fast.kernels.cost import CARDS, Resources, predicted_update
 from d2r_fast.kernels.launches import SUITES, calls_on_gpu, suite_config
 
 one = Resources(registers=128, shared=32768, once=2, a_pass=1, a_chunk=2, in_flight=1, product="HGMMA")
 found = {}
-for suite, whole in product(SUITES, (False, True)):
-    calls = calls_on_gpu(suite_config(suite, "tf32"), whole)
+for suite in SUITES:
+    calls = calls_on_gpu(suite_config(suite, "tf32"))
     lines = predicted_update(calls, CARDS["h200"], lambda call: one)
     names = [call.name.removesuffix("_kernel (Triton)") for call in calls]
-    found[f"{suite} {whole}"] = {"same": names == [line.kernel for line in lines], "us": [line.us for line in lines]}
+    found[suite] = {"same": names == [line.kernel for line in lines], "us": [line.us for line in lines]}
 print(json.dumps(found))
 """
 
@@ -48,7 +46,7 @@ def test_every_launch_that_is_counted_has_a_cost():
     done = subprocess.run([sys.executable, "-c", EVERY_LAUNCH], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert set(found) == {f"{suite} {whole}" for suite in SUITES for whole in (False, True)}
+    assert set(found) == set(SUITES)
     for suite in found.values():
         assert suite["same"] and all(1 < us < 2000 for us in suite["us"])
 
@@ -100,52 +98,6 @@ def test_gradients_of_a_network_are_tiles_of_products_and_sums():
 )
 def test_registers_and_shared_memory_decide_how_many_programs_run(registers, shared, num_warps, resident):
     assert Resources(registers, shared, 0, 0, 0, 0, "-").resident(num_warps) == resident
-
-
-WHOLE = {
-    **{"MOST_IN": 43, "H": 400, "D": 128, "N": 16, "K": 2, "WIDTHS": (400, 256, 256, 136), "RESIDUAL": True},
-    **{"BLOCK_ROWS": 32, "BLOCK_OUT": 128, "BLOCK_DEPTH": 32, "BLOCK_D": 128, "BLOCK_HEAD": 16, "BLOCK_IN": 64},
-    **{"BLOCK_CHOOSING": 8, "COLUMNS": 44, "n_rows": 1280},
-}
-
-
-def whole_tensors(first: int, n: int) -> dict[str, Memory | None]:
-    """Of a launch of members first to first + n - 1."""
-    rows = {"index_ptr": 32, "gate_ptr": 32, "flow_ptr": 32, "active_ptr": 1, "h_ptr": 16 * 128, "opened_ptr": 16 * 128}
-    tensors = {name: memory(8, 1280, width) for name, width in rows.items()}
-    columns = WHOLE["COLUMNS"]
-    line = memory(n, columns, begin=first * columns * 8, dtype=torch.int64)
-    none = {"noise_ptr": None, "normal_ptr": memory(1) if first + n == len(BACK) else None}
-    back = {"d_z_ptr": memory(5, 1280, 1800), "to_relu_ptr": memory(5, 1280, 16 * 128)}
-    back["to_residual_ptr"] = memory(5, 1280, 16 * 128)
-    activations = {"kept_ptr": memory(8, 1280, 2500), "x_ptr": memory(3, 1280, 43), "line_ptr": line}
-    return tensors | activations | back | none | {"parameters_ptr": memory(3_424_048)}
-
-
-def products_of_layers(pairs: list[tuple[int, int]]) -> float:
-    return sum(2.0 * n_in * n_out for n_in, n_out in pairs)
-
-
-@pytest.mark.parametrize(("name", "first", "members"), [("fwd", 0, 2), ("fwd", 2, 6), ("bwd", 0, 2), ("bwd", 2, 3)])
-def test_whole_networks_compute_what_their_layers_do(name, first, members):
-    """At sizes that are rounded up to blocks: inputs to 64, 400 to 512 outputs or 416 terms, 136 to 256."""
-    arguments = WHOLE | whole_tensors(first, members)
-    work = work_of(call(f"whole_network_{name}_kernel (Triton)", kernel=object(), grid=(40, members), **arguments))
-    touched = route_shares(16, 2, 1280, 32, False).touched
-    if name == "fwd":
-        pairs = [(64, 512), (416, 512), (416, 256), (256, 256), (256, 256), (416, 128), (128, 16)]
-    else:  # (depth, width): gradients of outputs to those of inputs; 136 logits are 160 terms
-        pairs = [(16, 128), (256, 512), (256, 256), (160, 256), (128, 512), (416, 512)]
-        pairs += [(416, 64)] if first == 0 else []  # critics at the actor's actions go on to these
-    layers = products_of_layers(pairs) * 1280 * members
-    assert work.flop == pytest.approx(layers + 2 * 128 * 128 * touched * 1280 * members)
-    kept = [access for access in work.accesses if access.memory.shape == (8, 1280, 2500)]
-    size = 1280 * 2500 * 4
-    parts = [(first, members)] if name == "fwd" else [(number, 1) for number in BACK[first : first + members]]
-    places = {(access.memory.begin, access.memory.n_bytes) for access in kept}
-    assert places == {(number * size, n * size) for number, n in parts}
-    assert work.chunks > 16 * touched / 16
-    assert work.loads > 3 * touched
 
 
 def test_the_cache_forgets_what_was_not_used_for_longest():

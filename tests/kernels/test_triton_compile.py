@@ -21,7 +21,6 @@ MODULES = (
     "select_routes",
     "ensemble_linear",
     "network_gradient",
-    "whole_network",
 )
 MODULES += ("gumbel", "squashed_normal", "sac_losses", "replay_rows", "optimiser_step", "module_levels", "expert_sum")
 NARROW = ("N5-K2-D16", "N5-K2-D17")

@@ -14,7 +14,6 @@ from d2r_fast import Agent, NetConfig, RouteChoice, SacConfig
 from d2r_fast.learning.parameters import ALIGNMENT, FlatParameters
 from d2r_fast.learning.sac import Batch, Draws, make_optimiser, update
 from d2r_fast.learning.update import Update
-from d2r_fast.nets.d2r import GREEDY
 from d2r_fast.ops import gumbel as gumbel_op
 from d2r_fast.ops import optimiser_step, replay_rows, sac_losses, squashed_normal
 from d2r_fast.ops.sac_gradient import sac_gradient
@@ -423,45 +422,9 @@ def test_bf16_reaches_the_layers_around_the_modules():
     assert (norms["triton", "bf16"][:3] / truth[:3] - 1).abs().max() > 1e-4
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run on the GPU here: tests/gpu")
-@pytest.mark.parametrize(
-    "of_net",
-    [{"route_widths": (18, 10)}, {"residual": False, "resrouting": False, "n_modules": 2}],
-    ids=["two_route_layers", "no_residual"],
-)
-def test_updates_by_whole_networks_are_those_of_the_equations(of_net):
-    """As on a GPU, but with Triton's kernels in the interpreter."""
-    pytest.importorskip("triton")
-    theirs, ours = (make_agent(of, torch.float64, **of_net) for of in ("reference", "triton"))
-    assert_same_updates(ours, theirs, SacConfig(actor_lr=1e-3), n_updates=1, per_task=9, whole_networks=True)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run on the GPU here: tests/gpu")
-def test_whole_networks_make_the_noise_of_routes_themselves():
-    """Of uniform numbers, with the tasks' temperatures."""
-    pytest.importorskip("triton")
-    told, left = (make_agent("triton", torch.float64, n_modules=3) for _ in range(2))
-    batch, draws = make_batch(torch.float64, told, per_task=3)
-    rows, task, draws = as_one_step(batch, draws)
-    uniform = torch.rand_like(draws.critic_choice.noise)
-    gumbel_op.reference(noise := uniform.clone())
-    choice = RouteChoice.sampled(told.route_temp[batch.task], noise)
-    gradients = []
-    for agent, of in (
-        (told, draws._replace(critic_choice=choice)),
-        (left, draws._replace(critic_choice=GREEDY, route_uniform=uniform)),
-    ):
-        step = Update(agent, SacConfig())
-        step.whole_networks = True
-        step.step(rows._replace(x=rows.x.clone()), task, of)
-        gradients.append(step.flat.gradient)
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
-
-
-def assert_same_updates(ours, theirs, cfg, n_updates, per_task=70, whole_networks=False):
+def assert_same_updates(ours, theirs, cfg, n_updates, per_task=70):
     """Updates of one agent by `Update`, of an equal one by `sac.update`; returns how many losses were left out."""
     optimiser, step = make_optimiser(theirs, cfg), Update(ours, cfg)
-    step.whole_networks = whole_networks
     dtype, left_out = theirs.log_alpha.dtype, 0
     for _ in range(n_updates):
         batch, draws = make_batch(dtype, theirs, per_task)

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-FILES = [f"kernels/test_{name}_kernels.py" for name in ("triton", "linear", "update", "whole")] + ["ptx/more_sizes.py"]
+FILES = [f"kernels/test_{name}_kernels.py" for name in ("triton", "linear", "update")]
+FILES += ["kernels/test_layered_update.py", "ptx/more_sizes.py"]
 
 
 def check(arguments: Sequence[str]) -> int:

@@ -31,7 +31,7 @@ SHORT = (
     "test_rows_are_those and T4",
     "test_the_step and an_empty_network",
     "E1-B300-N3-K2-D16-alternating-bf16",
-    "by_whole_networks and tf32",
+    "update_layer_by_layer and tf32",
 )
 
 

@@ -1,5 +1,5 @@
-"""An update's gradient, by whole networks in a launch or layer by layer, against the equations in float64: on the GPU
-if there is one, else in Triton's interpreter. Whole updates in float64: `tests/learning/test_update.py`."""
+"""An update's gradient, layer by layer, against the equations in float64: on the GPU if there is one, else in Triton's
+interpreter. Whole updates in float64: `tests/learning/test_update.py`."""
 
 import copy
 
@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 from d2r_fast import Agent, NetConfig, RouteChoice, SacConfig
 from d2r_fast.learning import passes
+from d2r_fast.learning.layered import LayeredPass
 from d2r_fast.learning.update import Draws, Update
 from d2r_fast.ops.replay_rows import ReplayRows
 
@@ -29,9 +30,8 @@ def legal_routes(*shape):
     return torch.tensor(rows, dtype=torch.int32).view(*shape, N, K)
 
 
-@pytest.mark.parametrize("way", ["by_whole_networks", "layer_by_layer"])
 @pytest.mark.parametrize(("precision", "per_task"), [("float32", 20), ("tf32", 9), ("bf16", 9)])
-def test_gradients_of_an_update(precision, per_task, way, monkeypatch):
+def test_gradients_of_an_update_layer_by_layer(precision, per_task, monkeypatch):
     # Whatever device they are on; the backend that asks for layers one by one may not be there.
     monkeypatch.setattr(passes, "_runs_layered", lambda net, x: x.dtype == torch.float32)
     n = T * per_task
@@ -54,12 +54,10 @@ def test_gradients_of_an_update(precision, per_task, way, monkeypatch):
         own = ReplayRows(*(v.clone().to(device) for v in own))
         choice = RouteChoice.given(draws.critic_choice.index.to(device))
         step = Update(agent, SacConfig())
-        fill = step._fill_gradient
-        if agent is ours and way == "by_whole_networks":
-            fill = step._fill_gradient_by_whole_networks
-        assert step._actor.runs_layered(own.x[0]) == (agent is ours)
+        assert (step._actor._kind_of(own.x[0]) is LayeredPass) == (agent is ours)
+        own_draws = Draws(draws.noise.to(dtype).to(device), choice)
         with torch.no_grad():
-            losses.append(fill(own, task.to(device), Draws(draws.noise.to(dtype).to(device), choice)).cpu().double())
+            losses.append(step._fill_gradient(own, task.to(device), own_draws).cpu().double())
         gradients.append(step.flat.gradient.cpu().double())
     largest = gradients[0].abs().max()
     assert (gradients[0] - gradients[1]).abs().max() < ERRORS[precision] * largest
