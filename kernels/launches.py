@@ -196,7 +196,7 @@ def pretended_gpu(recorder: RecordCalls) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", nullcontext))
         stack.enter_context(mock.patch.object(torch.cuda, "Event", mock.Mock))
         # Branches are noted where they begin: what runs beside what is not told.
-        stack.enter_context(mock.patch.object(torch.cuda, "Stream", mock.Mock))
+        stack.enter_context(mock.patch.object(torch.cuda, "Stream", lambda device: mock.Mock()))
         stack.enter_context(mock.patch.object(torch.cuda, "stream", nullcontext))
         stack.enter_context(mock.patch.object(torch.cuda, "current_stream", mock.Mock()))
         stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", lambda device=None: (2**40, 2**40)))

@@ -124,8 +124,8 @@ def split_base_backward(
     task: Tensor, n_tasks: int, d_f: Tensor, d_g: Tensor, precision: str,
 ) -> None:  # fmt: skip
     """Writes the gradients of f and g [E,B,H], of the first networks that f is of: from that of f g, and from d_y
-    [E,B,out] of the layer whose weight is at `place`, which reads ReLU(f). d_f, d_g, d_y and weights may be bfloat16 where
-    products are. The rest as `split_base`."""
+    [E,B,out] of the layer whose weight is at `place`, which reads ReLU(f). d_f, d_g, d_y and weights may be bfloat16
+    where products are. The rest as `split_base`."""
     check_dtype("d_scaled", d_scaled)
     n_nets, n_rows, width = d_scaled.shape
     if d_scaled.numel() > 0:

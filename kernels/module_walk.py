@@ -79,26 +79,32 @@ def walk(
             wanted = inside & (((active >> i) & 1) != 0)
             at = slot + (i - 1) * K
             z = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
-            for start in range(0, D, BLOCK_K):
-                feature = start + tl.arange(0, BLOCK_K)
-                x = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, feature, n_rows, D, K)
-                z = product(x, tl.trans(_weights(weight_ptr, i, col, feature, D)), z, PRECISION)
-            x = tl.zeros_like(z)
-            if RESIDUAL:  # mixed once more: to hold x beside the product's sum spills
+            if BLOCK_K == BLOCK_D:
+                w = _weights(weight_ptr, i, col, col, D)
                 x = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, col, n_rows, D, K)
-            _finish_module(z, x, h_ptr, bias_ptr, opened_ptr, row, wanted, i, n_rows, D, BLOCK_D)
+                z = by_rows(product(x, tl.trans(w), z, PRECISION))
+            else:
+                for start in range(0, D, BLOCK_K):
+                    feature = start + tl.arange(0, BLOCK_K)
+                    x = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, feature, n_rows, D, K)
+                    z = product(x, tl.trans(_weights(weight_ptr, i, col, feature, D)), z, PRECISION)
+                if RESIDUAL:  # mixed once more, for the layout of the product's sum
+                    x = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, col, n_rows, D, K)
+            _finish_module(z, x, h_ptr, bias_ptr, opened_ptr, row, wanted, i, n_rows, D, RESIDUAL, BLOCK_D)
             tl.debug_barrier()
 
 
 @triton.jit
 def _finish_module(
-    z, x, h_ptr, bias_ptr, opened_ptr, row, wanted, i, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr
+    z, x, h_ptr, bias_ptr, opened_ptr, row, wanted, i, n_rows,
+    D: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """From the product z of module i, and what its residual adds, to its output; writes this and whether the ReLU is
-    open."""
+    """From the product z of module i, and x that it read, to its output; writes this and whether the ReLU is open."""
     col = tl.arange(0, BLOCK_D)
     z += tl.load(bias_ptr + (i - 1) * D + col, mask=col < D, other=0.0)[None, :]
-    h = tl.where(z <= 0, 0.0, z) + x  # a NaN stays: a diverged network must show
+    h = tl.where(z <= 0, 0.0, z)  # a NaN stays: a diverged network must show
+    if RESIDUAL:
+        h += x
     at, mask = ((i * n_rows + row) * D)[:, None] + col[None, :], wanted[:, None] & (col < D)[None, :]
     tl.store(h_ptr + at, h, mask=mask)
     if opened_ptr is not None:
@@ -159,6 +165,34 @@ def _push_slot(
 
 
 @triton.jit
+def _load_two_slots(
+    h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, slot, row, wanted, route, touched, n_rows,
+    D: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """`_load_slot` of both slots of a route."""
+    first = _load_slot(
+        h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, slot, row, wanted, route, 0, touched,
+        n_rows, D, RESIDUAL, BLOCK_D,
+    )  # fmt: skip
+    second = _load_slot(
+        h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, slot, row, wanted, route, 1, touched,
+        n_rows, D, RESIDUAL, BLOCK_D,
+    )  # fmt: skip
+    return first, second
+
+
+@triton.jit
+def _push_two(
+    first, second, d_main, d_res, to_relu_ptr, to_residual_ptr, d_gate_ptr, slot, touched,
+    D: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """`_push_slot` of both slots of a route; returns which adjoint rows exist by now (bits)."""
+    _push_slot(first, d_main, d_res, to_relu_ptr, to_residual_ptr, d_gate_ptr, slot, 0, D, RESIDUAL, BLOCK_D)
+    _push_slot(second, d_main, d_res, to_relu_ptr, to_residual_ptr, d_gate_ptr, slot, 1, D, RESIDUAL, BLOCK_D)
+    return touched | first[1] | second[1]
+
+
+@triton.jit
 def _push(
     d_main, d_res, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
     slot, row, wanted, route, touched, n_rows,
@@ -171,17 +205,14 @@ def _push(
     read before either is written: else the second would wait for the first's stores. S_0 is never read.
     """
     if K == 2:
-        first = _load_slot(
-            h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, slot, row, wanted, route, 0, touched,
+        first, second = _load_two_slots(
+            h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, slot, row, wanted, route, touched,
             n_rows, D, RESIDUAL, BLOCK_D,
         )  # fmt: skip
-        second = _load_slot(
-            h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, slot, row, wanted, route, 1, touched,
-            n_rows, D, RESIDUAL, BLOCK_D,
+        touched = _push_two(
+            first, second, d_main, d_res, to_relu_ptr, to_residual_ptr, d_gate_ptr, slot, touched,
+            D, RESIDUAL, BLOCK_D,
         )  # fmt: skip
-        _push_slot(first, d_main, d_res, to_relu_ptr, to_residual_ptr, d_gate_ptr, slot, 0, D, RESIDUAL, BLOCK_D)
-        _push_slot(second, d_main, d_res, to_relu_ptr, to_residual_ptr, d_gate_ptr, slot, 1, D, RESIDUAL, BLOCK_D)
-        touched |= first[1] | second[1]
     else:
         for k in tl.range(0, K, loop_unroll_factor=K if K <= 4 else 1):  # unrolled, many slots compile for minutes
             one = _load_slot(
@@ -224,19 +255,37 @@ def walk_back(
             wanted = inside & (((active >> i) & 1) != 0)
             _clear_unread(to_relu_ptr, to_residual_ptr, row, wanted, reached, i, n_rows, D, RESIDUAL, BLOCK_D)
             d_main = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
-            for start in range(0, D, BLOCK_K):
-                feature = start + tl.arange(0, BLOCK_K)
-                d_z = _in_front_of_module(to_relu_ptr, opened_ptr, row, wanted, i, feature, n_rows, D)
-                d_main = product(d_z, _weights(weight_ptr, i, feature, col, D), d_main, PRECISION)
-            d_main = by_rows(d_main)
             d_res = tl.zeros_like(d_main)
+            if BLOCK_K == BLOCK_D:
+                w = _weights(weight_ptr, i, col, col, D)
+                d_z = _in_front_of_module(to_relu_ptr, opened_ptr, row, wanted, i, col, n_rows, D)
             if RESIDUAL:
                 at = ((i * n_rows + row) * D)[:, None] + col[None, :]
                 d_res = tl.load(to_residual_ptr + at, mask=wanted[:, None] & (col < D)[None, :], other=0.0)
-            reached = _push(
-                d_main, d_res, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
-                slot + (i - 1) * K, row, wanted, i, reached, n_rows, K, D, RESIDUAL, BLOCK_D,
-            )  # fmt: skip
+            slot_of_route = slot + (i - 1) * K
+            if K == 2:  # what it hands on to is asked for before the product
+                first, second = _load_two_slots(
+                    h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, slot_of_route, row, wanted, i,
+                    reached, n_rows, D, RESIDUAL, BLOCK_D,
+                )  # fmt: skip
+            if BLOCK_K == BLOCK_D:
+                d_main = product(d_z, w, d_main, PRECISION)
+            else:
+                for start in range(0, D, BLOCK_K):
+                    feature = start + tl.arange(0, BLOCK_K)
+                    d_z = _in_front_of_module(to_relu_ptr, opened_ptr, row, wanted, i, feature, n_rows, D)
+                    d_main = product(d_z, _weights(weight_ptr, i, feature, col, D), d_main, PRECISION)
+            d_main = by_rows(d_main)
+            if K == 2:
+                reached = _push_two(
+                    first, second, d_main, d_res, to_relu_ptr, to_residual_ptr, d_gate_ptr, slot_of_route, reached,
+                    D, RESIDUAL, BLOCK_D,
+                )  # fmt: skip
+            else:
+                reached = _push(
+                    d_main, d_res, h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, d_gate_ptr,
+                    slot_of_route, row, wanted, i, reached, n_rows, K, D, RESIDUAL, BLOCK_D,
+                )  # fmt: skip
             tl.debug_barrier()
 
 
