@@ -1,10 +1,11 @@
-"""Where an update's time goes on a GPU: every kernel of a captured update in its order, beside what was predicted.
+"""Where an update's time goes on a GPU: every kernel of a captured update, in the order in which they start.
 
     python benches/update_kernels.py --suites mt10,mt50 --precisions tf32,bf16 --json benches/results/CARD/kernels.json
 
 `us` is the median of single replays between two events, `us_in_a_row` the mean of many replays one after another, as
-training makes them. A kernel's time is the median over replays in a trace; `gap_us`, from the end of the kernel before
-it. Predictions are `python -m d2r_fast.kernels.cost`'s, as committed for the card.
+training makes them. A kernel's time is the median over the replays in a trace; `idle_us` is how long nothing ran before
+it began. Kernels overlap, for an update has a branch beside its main line: their sum `kernels_us` may be more than an
+update takes.
 """
 
 import argparse
@@ -53,55 +54,58 @@ def trace_of(learner: Learner) -> list[dict[str, Any]]:
     events = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     events.sort(key=lambda event: event["ts"])
     n, rest = divmod(len(events), TRACED)
-    updates = [events[i * n : (i + 1) * n] for i in range(TRACED)]
-    if rest or n == 0 or any([e["name"] for e in update] != [e["name"] for e in updates[0]] for update in updates):
-        raise ValueError(f"expected the same kernels in each of {TRACED} updates, got {len(events)} in all")
-    return [_kernel(updates, i) for i in range(n)]
+    if rest or n == 0:
+        raise ValueError(f"expected as many kernels in each of {TRACED} updates, got {len(events)} in all")
+    updates = [_by_occurrence(events[i * n : (i + 1) * n]) for i in range(TRACED)]
+    if any(update.keys() != updates[0].keys() for update in updates):
+        raise ValueError(f"expected the same kernels in each of {TRACED} updates")
+    kernels = [_kernel([update[of] for update in updates]) for of in updates[0]]
+    return sorted(kernels, key=lambda kernel: kernel["start_us"])
 
 
-def _kernel(updates: list[list[dict[str, Any]]], i: int) -> dict[str, Any]:
-    """The i-th kernel of all updates."""
-    first = updates[0][i]
-    facts = first.get("args", {})
-    gaps = [u[i]["ts"] - (u[i - 1]["ts"] + u[i - 1]["dur"]) for u in updates] if i > 0 else [0.0]
+Occurrence = tuple[str, tuple[int, ...], int]
+"""A kernel's name, its grid, and how many such an update started before."""
+
+
+def _by_occurrence(events: list[dict[str, Any]]) -> dict[Occurrence, dict[str, Any]]:
+    """The kernels of an update, which start in about one order, not in one: those of a branch beside others. To each
+    its start after the update's, and for how long nothing ran before."""
+    found: dict[Occurrence, dict[str, Any]] = {}
+    begin = end = events[0]["ts"]
+    for event in events:
+        of = event["name"], tuple(event.get("args", {}).get("grid", ()))
+        number = sum(other[:2] == of for other in found)
+        found[(*of, number)] = event | {"start": event["ts"] - begin, "idle": max(0.0, event["ts"] - end)}
+        end = max(end, event["ts"] + event["dur"])
+    return found
+
+
+def _kernel(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """One kernel of all updates."""
+    facts = events[0].get("args", {})
     return {
-        "kernel": _short(first["name"]),
+        "kernel": _short(events[0]["name"]),
         "grid": "x".join(map(str, facts.get("grid", []))),
-        "us": round(median(u[i]["dur"] for u in updates), 2),
-        "gap_us": round(median(gaps), 2),
+        "start_us": round(median(event["start"] for event in events), 2),
+        "us": round(median(event["dur"] for event in events), 2),
+        "idle_us": round(median(event["idle"] for event in events), 2),
         "registers": facts.get("registers per thread"),
         "shared": facts.get("shared memory"),
     }
 
 
 def _short(name: str) -> str:
-    """A name as `cost` has it; of torch's templates, where they begin."""
+    """Of one of ours without its ending; of torch's templates, where they begin."""
     return name.removesuffix("_kernel") if name.endswith("_kernel") else name[:60]
 
 
-def predicted_us(path: Path) -> dict[tuple[str, str], dict[str, float]]:
-    """Of each kernel the us of all its launches in an update, by suite and precision."""
-    if not path.is_file():
-        return {}
-    sums: dict[tuple[str, str], dict[str, float]] = {}
-    for row in json.loads(path.read_text())["rows"]:
-        own = sums[row["suite"], row["precision"]] = defaultdict(float)
-        for line in row.get("lines", []):
-            own[line["kernel"]] += line["us"]
-    return sums
-
-
-def by_kernel(kernels: list[dict[str, Any]], predicted: dict[str, float]) -> Iterator[dict[str, Any]]:
+def by_kernel(kernels: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Sums over an update's launches, longest first."""
     groups = defaultdict(list)
     for kernel in kernels:
         groups[kernel["kernel"]].append(kernel)
     for name, group in sorted(groups.items(), key=lambda pair: -sum(k["us"] for k in pair[1])):
-        row = {"kernel": name, "launches": len(group), "us": round(sum(k["us"] for k in group), 1)}
-        yield row | {
-            "gaps_us": round(sum(k["gap_us"] for k in group), 1),
-            "predicted_us": round(predicted.get(name, 0)),
-        }
+        yield {"kernel": name, "launches": len(group), "us": round(sum(k["us"] for k in group), 1)}
 
 
 def main() -> None:
@@ -109,10 +113,9 @@ def main() -> None:
     parser.add_argument("--suites", default="mt10,mt50", help=f"comma separated, of {', '.join(SUITES)}")
     parser.add_argument("--precisions", default=",".join(PRECISIONS), help="comma separated")
     parser.add_argument("--rounds", type=int, default=200, help="replays measured")
-    parser.add_argument("--predicted", type=Path, default=Path(__file__).parent / "results" / "cost_h200.json")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
-    predicted, rows = predicted_us(args.predicted), []
+    rows = []
     for of in product(args.suites.split(","), args.precisions.split(",")):
         learner = captured_learner(*of)
         times = measure({"one": lambda learner=learner: learner.run(1)}, "cuda", args.rounds)["one"]
@@ -128,10 +131,9 @@ def main() -> None:
         row |= {"p10_us": round(1e3 * times.quantile(0.1), 1), "p90_us": round(1e3 * times.quantile(0.9), 1)}
         row |= {"us_in_a_row": round(1e3 * in_a_row / args.rounds, 1), "launches": len(kernels)}
         row |= {"kernels_us": round(sum(k["us"] for k in kernels), 1)}
-        row |= {"predicted_us": round(sum(predicted.get(of, {}).values()))}
         rows.append(row | {"kernels": kernels})
         print(f"\n{', '.join(of)}: {row['us_in_a_row']} us an update")
-        sums = list(by_kernel(kernels, predicted.get(of, {})))
+        sums = list(by_kernel(kernels))
         print_table(sums, list(sums[0]) if sums else [])
     print()
     print_table(rows, [name for name in rows[0] if name != "kernels"])
