@@ -310,7 +310,7 @@ def _row_order(call: Call) -> Work:
     accesses = _part(a["active_ptr"], n_bytes, call.grid[0])
     accesses += _part(a["order_ptr"], a["order_ptr"].n_bytes, written=True)
     n_chunks = ceil(a["N_ROWS"] / a["BLOCK_OTHERS"])
-    return Work(accesses, loads=1 + n_chunks, reductions=n_chunks)
+    return Work(accesses, loads=1 + n_chunks, reductions=2)
 
 
 def _replay_rows(call: Call) -> Work:
