@@ -86,8 +86,9 @@ def walk(
             else:
                 for start in range(0, D, BLOCK_K):
                     feature = start + tl.arange(0, BLOCK_K)
-                    x = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, feature, n_rows, D, K)
-                    z = product(x, tl.trans(_weights(weight_ptr, i, col, feature, D)), z, PRECISION)
+                    some = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, feature, n_rows, D, K)
+                    z = product(some, tl.trans(_weights(weight_ptr, i, col, feature, D)), z, PRECISION)
+                x = z
                 if RESIDUAL:  # mixed once more, for the layout of the product's sum
                     x = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, col, n_rows, D, K)
             _finish_module(z, x, h_ptr, bias_ptr, opened_ptr, row, wanted, i, n_rows, D, RESIDUAL, BLOCK_D)

@@ -1,7 +1,7 @@
 """Choosing routes in one launch forward and one backward (`d2r_fast.ops.select_routes` is contract and oracle).
 
-All routes of a row are worked on at once, as a [rows,routes,sources] block padded to powers of two: the k picks are
-the only dependent steps, and then the walk back from the head, which is on one integer a route.
+All routes of a row are worked on at once, as a [rows,routes,sources] block padded to powers of two, a route a thread:
+the k picks are the only dependent steps, and then the walk back from the head, which is on one integer a route.
 """
 
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 from d2r_fast.kernels.settings import FUSED, check_dtype, packed
 from d2r_fast.kernels.tiles import sum_products
 
-WARP_LOGITS = 512  # of the padded block, 16 a thread: at N=16 two rows are one warp, so no reduction needs a barrier
+WARP_ROUTES = 32  # of the padded block: one a thread
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -29,29 +30,33 @@ def choose(
     row is a row's number in logits and in what is written, own in the temperatures, choice_row in noise or given
     sources, for the rows that take them: those that choose.
     """
-    inside = exists_row[:, None, None]
     route = 1 + tl.arange(0, BLOCK_N)[None, :, None]  # [1,routes,1]
-    source = tl.arange(0, BLOCK_N)[None, None, :]  # [1,1,sources]
+    # Backwards by xor, for Triton lays threads along what it sees to be contiguous: so one has all sources of a route,
+    # and no maximum or sum over them is one over threads. (Triton 3.9 lays them along the last axis then.)
+    source = (BLOCK_N - 1) ^ tl.arange(0, BLOCK_N)[None, None, :]  # [1,1,sources]
     slot = tl.arange(0, BLOCK_SLOTS)[None, None, :]  # [1,1,slots]
-    exists = inside & (route <= N)
+    exists = exists_row[:, None, None] & (route <= N)
     used = exists & (slot < K) & (slot < route)
-    logit = route * (route - 1) // 2 + source
-    packed = (row * (N * (N + 1) // 2))[:, None, None] + logit
+    first_logit = route * (route - 1) // 2
+    own_logits = logits_ptr + (row * (N * (N + 1) // 2))[:, None, None] + first_logit  # of a route
     slots = (row * (N * K))[:, None, None] + (route - 1) * K + slot
     is_given = chooses[:, None, None]
     choice = choice_row[:, None, None]
 
-    free = exists & (source < route)
-    logits = tl.load(logits_ptr + packed, mask=free, other=0.0)
+    # Of every route as many, on into the next route's, so that no load waits for a condition of its own.
+    free = source < route
+    logits = tl.load(own_logits + source, mask=exists & (source < N), other=0.0)
     score = logits
     if noise_ptr is not None:
         # logits / tau + noise in the order of logits + tau * noise: no division, so no overflow at a tiny tau.
-        tau = tl.load(temperature_ptr + own, mask=chooses, other=1.0)
-        noisy = free & chooses[:, None, None]
-        noise = tl.load(noise_ptr + choice * (N * (N + 1) // 2) + logit, mask=noisy, other=0.5)
+        tau = tl.load(temperature_ptr + own, mask=chooses, other=0.0)
+        own_noise = noise_ptr + choice * (N * (N + 1) // 2) + first_logit
+        noise = tl.load(own_noise + source, mask=exists & (source < N) & chooses[:, None, None], other=0.5)
         score += tau[:, None, None] * noise
-    score = tl.where(score == score, score, float("inf"))
-    logits = tl.where(exists & (source >= route), -float("inf"), logits)
+    # -inf is of what is taken or does not exist; a score that is counts as the least number, as in the reference.
+    score = tl.where(score == score, tl.maximum(score, LOWEST), float("inf"))
+    score = tl.where(free, score, -float("inf"))
+    logits = tl.where(free, logits, -float("inf"))
     largest = tl.max(logits, 2)[:, :, None]
     total = tl.sum(tl.exp(logits - largest), 2)[:, :, None]
 
@@ -63,19 +68,16 @@ def choose(
         chosen = tl.where(legal, given, 0).to(tl.int32)
         taken = tl.zeros((BLOCK_ROWS, BLOCK_N, 1), tl.int32)  # bits of the sources in slots before k
     fresh = used  # slots with a source that no slot before them has
-    value = tl.where(exists & (slot >= 0), -float("inf"), tl.zeros(chosen.shape, logits.dtype))
     for k in tl.static_range(K):
-        best = tl.max(tl.where(free, score, -float("inf")), 2)[:, :, None]
-        pick = tl.min(tl.where(free & (score == best), source, BLOCK_N), 2)[:, :, None]
+        best = tl.max(score, 2)[:, :, None]
+        pick = tl.min(tl.where(score == best, source, BLOCK_N), 2)[:, :, None]
         if given_ptr is not None:
             pick = tl.where(is_given, tl.sum(tl.where(slot == k, chosen, 0), 2)[:, :, None], pick)
-            bit = pick % BLOCK_N  # pick is BLOCK_N where no source is left, for a slot that is not used
-            fresh = fresh & ((slot != k) | (((taken >> bit) & 1) == 0))
-            taken |= tl.full(pick.shape, 1, tl.int32) << bit
-        free = free & (source != pick)
+            fresh = fresh & ((slot != k) | (((taken >> pick) & 1) == 0))
+            taken |= tl.full(pick.shape, 1, tl.int32) << pick
+        score = tl.where(source == pick, -float("inf"), score)
         chosen = tl.where(used & (slot == k), pick, chosen)
-        at_pick = tl.sum(tl.where(source == pick, logits, 0.0), 2)[:, :, None]
-        value = tl.where(used & (slot == k), at_pick, value)
+    value = tl.load(own_logits + chosen, mask=used, other=-float("inf"))  # read again, at the picks
     if given_ptr is not None:
         value = tl.where(used & ~(fresh & legal), float("nan"), value)
     share = tl.exp(value - tl.max(value, 2)[:, :, None])
@@ -90,12 +92,11 @@ def choose(
 
     # Fresh sources of a route are distinct, so the sum of their bits is their union. A reached module brings its route.
     bits = tl.sum(tl.where(fresh, tl.full(chosen.shape, 1, tl.int32) << chosen, 0), 2)  # [rows,routes]
-    of_route = 1 + tl.arange(0, BLOCK_N)[None, :]
-    active = tl.sum(tl.where(of_route == N, bits, 0), 1)
-    for i in range(N - 1, 0, -1):
-        picked = tl.sum(tl.where(of_route == i, bits, 0), 1)
-        active |= tl.where(((active >> i) & 1) != 0, picked, 0)
-    tl.store(active_ptr + row, active, mask=exists_row)
+    at = tl.zeros((BLOCK_ROWS, 1), tl.int32)
+    active = tl.gather(bits, at + (N - 1), 1)
+    for i in tl.static_range(N - 1, 0, -1):
+        active |= tl.where(((active >> i) & 1) != 0, tl.gather(bits, at + (i - 1), 1), 0)
+    tl.store(active_ptr + row[:, None], active, mask=exists_row[:, None])
 
 
 @triton.jit(do_not_specialize=["n_total", "n_rows", "n_chosen", "n_choosing"])
@@ -114,12 +115,12 @@ def select_routes_fwd_kernel(
     as in torch), so that whoever indexes by it stays inside memory. Given sources too: one that its route does not have
     becomes source 0, and one given twice counts once in `active`. Such a route's gates are all NaN, so that it shows.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    own = row % n_rows  # in its network
-    chooses = (row < n_total) & (own < n_chosen) & (row // n_rows < n_choosing)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    net, own = (row // n_rows).to(tl.int64), row % n_rows  # in its network
+    chooses = (row < n_total) & (own < n_chosen) & (net < n_choosing)
     choose(
         logits_ptr, temperature_ptr, noise_ptr, given_ptr, index_ptr, gate_ptr, flow_ptr, active_ptr,
-        row, row < n_total, own, (row // n_rows) * n_chosen + own, chooses,
+        row.to(tl.int64), row < n_total, own, net * n_chosen + own, chooses,
         N, K, RESROUTING, BLOCK_N, BLOCK_SLOTS, BLOCK_ROWS,
     )  # fmt: skip
 
@@ -173,14 +174,13 @@ def select_routes_bwd_kernel(
 def route_launch(n_modules: int, n_kept: int) -> dict[str, Any]:
     """Constants and options that both kernels share."""
     block_n = triton.next_power_of_2(n_modules)
-    rows = max(1, WARP_LOGITS // block_n**2)
     return {
         "N": n_modules,
         "K": n_kept,
         "BLOCK_N": block_n,
         "BLOCK_SLOTS": triton.next_power_of_2(n_kept),
-        "BLOCK_ROWS": rows,
-        "num_warps": max(1, rows * block_n**2 // WARP_LOGITS),
+        "BLOCK_ROWS": max(1, WARP_ROUTES // block_n),
+        "num_warps": 1,
     } | FUSED
 
 

@@ -69,7 +69,7 @@ _ONCE: dict[str, tuple[tuple[str, ...], int, int]] = {
     "gumbel": (("noise_ptr",), 1, 0),
     "squashed_normal_fwd": (("action_ptr", "logp_ptr"), 1, 1),
     "squashed_normal_bwd": (("d_out_ptr",), 1, 0),
-    "select_routes_fwd": (("index_ptr", "gate_ptr", "flow_ptr", "active_ptr"), 2, 30),
+    "select_routes_fwd": (("index_ptr", "gate_ptr", "flow_ptr", "active_ptr"), 3, 1),
     "select_routes_bwd": (("d_logits_ptr",), 2, 4),
     "sac_losses": (("losses_ptr", "d_q_ptr", "d_logp_ptr", "d_log_alpha_ptr"), 4, 5),
     "optimiser_squares": (("squares_ptr", "corrections_ptr"), 2, 1),
@@ -300,7 +300,7 @@ def _row_order(call: Call) -> Work:
     accesses = _part(a["active_ptr"], n_bytes, call.grid[0])
     accesses += _part(a["order_ptr"], a["order_ptr"].n_bytes, written=True)
     n_chunks = ceil(a["N_ROWS"] / a["BLOCK_OTHERS"])
-    return Work(accesses, loads=1 + n_chunks, reductions=n_chunks)
+    return Work(accesses, loads=1 + n_chunks, reductions=2)
 
 
 def _replay_rows(call: Call) -> Work:

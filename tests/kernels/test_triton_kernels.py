@@ -413,16 +413,17 @@ def test_parameters_that_lie_elsewhere(sort_rows):
     assert largest(d_logits - expected) <= TOLERANCE * max(1.0, largest(expected))
 
 
-@pytest.mark.parametrize(("e", "b"), [(1, 1), (2, 31), (3, 300)])
-def test_the_order_of_rows_is_a_stable_sort(e, b):
-    active = torch.randint(-8, 8, (e, b), device=DEVICE).int() * 2**28  # module 31 is the sign
-    expected = (active.long() & 0xFFFFFFFF).argsort(dim=1, descending=True, stable=True).int()
+@pytest.mark.parametrize(("e", "b"), [(1, 1), (2, 31), (3, 300), (1, 513)])
+@pytest.mark.parametrize("unit", [1, 2**28])  # of many modules that all rows agree on; of the last, which is the sign
+def test_the_order_of_rows_is_a_stable_sort(e, b, unit):
+    active = torch.randint(-8, 8, (e, b), device=DEVICE).int() * unit
+    expected = (active.long() >> 1 & 0x7FFFFFFF).argsort(dim=1, descending=True, stable=True).int()
     assert torch.equal(triton_order.row_order(active), expected)
 
 
 def test_many_rows_are_sorted_and_few_are_not(monkeypatch):
     monkeypatch.setattr(triton_modules, "SORT_FROM_ROWS", 60)
-    active = torch.randint(0, 99, (2, 31), device=DEVICE).int()
+    active = torch.randint(0, 99, (2, 31), device=DEVICE).int() * 2 + 1
     expected = active.argsort(dim=1, descending=True, stable=True).int()
     assert torch.equal(triton_modules.order_if_many(active), expected)
     assert triton_modules.order_if_many(active[:, :30].contiguous()) is None
