@@ -44,14 +44,14 @@ FORWARD: Tiles = {
     "bf16": [Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4)],
 }
 # Not by wgmma, which takes the weights of this product turned round in bf16 alone.
-BACKWARD: Tiles = FORWARD | {precision: [Tile(32, 64, 64, 4, 3)] for precision in ("float32", "tf32")}
+BACKWARD: Tiles = FORWARD | {precision: [Tile(32, 64, 32, 4, 4)] for precision in ("float32", "tf32")}
 GRADIENT: Tiles = {
-    "float32": [Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
-    "tf32": [Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)],
+    "float32": [Tile(32, 64, 64, 4, 3)],
+    "tf32": [Tile(64, 64, 64, 4, 3)],
     # Of one warpgroup. Between what threads put into shared memory and wgmma's reads of it Triton 3.9 makes a fence
     # behind the barrier, not in front of it, where the other operand is copied there: with several warpgroups, one's
     # products could be made before another's threads are past theirs.
-    "bf16": [Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)],
+    "bf16": [Tile(64, 64, 64, 4, 3)],
 }
 # Of rows of x that do not begin at multiples of 16 bytes, which are copied number by number: a short row all at once.
 ODD_FORWARD: Tiles = FORWARD | {precision: [Tile(64, 64, 64, 4, 3)] for precision in ("float32", "tf32")}

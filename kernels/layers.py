@@ -15,7 +15,7 @@ from d2r_fast.kernels.tiles import at_place, block, by_rows, linear_tile, linear
 _FORWARD: Tiles = {
     "float32": [Tile(64, 64, 32, 4, 3)],
     "tf32": [Tile(128, 128, 32, 16, 3), Tile(64, 64, 32, 4, 3)],
-    "bf16": [Tile(128, 128, 32, 16, 3), Tile(64, 64, 64, 4, 4)],
+    "bf16": [Tile(64, 64, 64, 4, 3)],
 }
 _BACKWARD: Tiles = {
     "float32": [Tile(32, 64, 64, 4, 3)],

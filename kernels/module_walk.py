@@ -79,18 +79,13 @@ def walk(
             wanted = inside & (((active >> i) & 1) != 0)
             at = slot + (i - 1) * K
             z = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
-            if BLOCK_K == BLOCK_D:
-                w = _weights(weight_ptr, i, col, col, D)
+            for start in range(0, D, BLOCK_K):
+                feature = start + tl.arange(0, BLOCK_K)
+                some = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, feature, n_rows, D, K)
+                z = product(some, tl.trans(_weights(weight_ptr, i, col, feature, D)), z, PRECISION)
+            x = z
+            if RESIDUAL:  # mixed once more: one piece for the product and the residual was slower (benches/NOTES.md)
                 x = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, col, n_rows, D, K)
-                z = by_rows(product(x, tl.trans(w), z, PRECISION))
-            else:
-                for start in range(0, D, BLOCK_K):
-                    feature = start + tl.arange(0, BLOCK_K)
-                    some = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, feature, n_rows, D, K)
-                    z = product(some, tl.trans(_weights(weight_ptr, i, col, feature, D)), z, PRECISION)
-                x = z
-                if RESIDUAL:  # mixed once more, for the layout of the product's sum
-                    x = mix_sources(h_ptr, index_ptr, gate_ptr, at, row, wanted, i, col, n_rows, D, K)
             _finish_module(z, x, h_ptr, bias_ptr, opened_ptr, row, wanted, i, n_rows, D, RESIDUAL, BLOCK_D)
             tl.debug_barrier()
 
@@ -257,9 +252,6 @@ def walk_back(
             _clear_unread(to_relu_ptr, to_residual_ptr, row, wanted, reached, i, n_rows, D, RESIDUAL, BLOCK_D)
             d_main = tl.zeros((BLOCK_ROWS, BLOCK_D), h_ptr.dtype.element_ty)
             d_res = tl.zeros_like(d_main)
-            if BLOCK_K == BLOCK_D:
-                w = _weights(weight_ptr, i, col, col, D)
-                d_z = _in_front_of_module(to_relu_ptr, opened_ptr, row, wanted, i, col, n_rows, D)
             if RESIDUAL:
                 at = ((i * n_rows + row) * D)[:, None] + col[None, :]
                 d_res = tl.load(to_residual_ptr + at, mask=wanted[:, None] & (col < D)[None, :], other=0.0)
@@ -269,13 +261,10 @@ def walk_back(
                     h_ptr, to_relu_ptr, to_residual_ptr, index_ptr, gate_ptr, flow_ptr, slot_of_route, row, wanted, i,
                     reached, n_rows, D, RESIDUAL, BLOCK_D,
                 )  # fmt: skip
-            if BLOCK_K == BLOCK_D:
-                d_main = product(d_z, w, d_main, PRECISION)
-            else:
-                for start in range(0, D, BLOCK_K):
-                    feature = start + tl.arange(0, BLOCK_K)
-                    d_z = _in_front_of_module(to_relu_ptr, opened_ptr, row, wanted, i, feature, n_rows, D)
-                    d_main = product(d_z, _weights(weight_ptr, i, feature, col, D), d_main, PRECISION)
+            for start in range(0, D, BLOCK_K):
+                feature = start + tl.arange(0, BLOCK_K)
+                d_z = _in_front_of_module(to_relu_ptr, opened_ptr, row, wanted, i, feature, n_rows, D)
+                d_main = product(d_z, _weights(weight_ptr, i, feature, col, D), d_main, PRECISION)
             d_main = by_rows(d_main)
             if K == 2:
                 reached = _push_two(

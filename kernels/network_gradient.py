@@ -14,7 +14,7 @@ from d2r_fast.kernels.settings import FUSED, check_dtype
 from d2r_fast.kernels.tiles import load_tile, rounded_product
 from d2r_fast.ops.layer_gradients import Product, Sum
 
-SUM_ROWS = tl.constexpr(64)
+SUM_ROWS = tl.constexpr(256)
 """Rows that a sum takes at a time: it waits for each load."""
 N_COLUMNS = tl.constexpr(11)  # of the table: what `_lines` puts there
 
@@ -39,13 +39,13 @@ def network_gradient_kernel(
     x_at, x_stride = tl.load(table_ptr + 7), tl.load(table_ptr + 8)
     first, n_summed = tl.load(table_ptr + 9), tl.load(table_ptr + 10)
     if is_sum:
-        total = tl.zeros((SUM_ROWS, BLOCK_OUT), gradient_ptr.dtype.element_ty)
+        total = tl.zeros((BLOCK_OUT,), gradient_ptr.dtype.element_ty)
         for start in range(0, N_ROWS, SUM_ROWS):
             if start < n_summed:
                 own = start + tl.arange(0, SUM_ROWS)
                 d_z = load_tile(d_z_ptr + d_z_at, first + own, own < n_summed, out, n_out, n_out)
-                total += d_z.to(total.dtype)
-        tl.store(gradient_ptr + to + out * to_stride, tl.sum(total, 0), mask=out < n_out)
+                total += tl.sum(d_z.to(total.dtype), 0)
+        tl.store(gradient_ptr + to + out * to_stride, total, mask=out < n_out)
     else:
         feature = first // BLOCK_IN * BLOCK_IN + tl.arange(0, BLOCK_IN)
         outside = tl.load(table_ptr + 6) != 0
@@ -75,12 +75,20 @@ def _layer_tile(
     x_ptr, x_at, d_z_ptr, d_z_at, to_ptr, to, out, feature, n_out, n_in, x_stride,
     N_ROWS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Accesses are wide where rows begin at multiples of 16 bytes, and the compiler knows it."""
-    WIDE: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    if (n_out % WIDE == 0) & (n_in % WIDE == 0) & (x_stride % WIDE == 0):
+    """Accesses are wide where rows begin at multiples of 16 bytes, and the compiler knows it: of x and d_z, or, as in a
+    first layer, of d_z alone."""
+    X_WIDE: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    D_WIDE: tl.constexpr = 128 // d_z_ptr.dtype.element_ty.primitive_bitwidth
+    if (n_out % D_WIDE == 0) & (n_in % X_WIDE == 0) & (x_stride % X_WIDE == 0):
         _weight_tile(
-            x_ptr + x_at // WIDE * WIDE, d_z_ptr + d_z_at // WIDE * WIDE, to_ptr + to // WIDE * WIDE, out, feature,
-            n_out // WIDE * WIDE, n_in // WIDE * WIDE, x_stride // WIDE * WIDE, N_ROWS, PRECISION, BLOCK_DEPTH,
+            x_ptr + x_at // X_WIDE * X_WIDE, d_z_ptr + d_z_at // D_WIDE * D_WIDE, to_ptr + to // X_WIDE * X_WIDE,
+            out, feature, n_out // D_WIDE * D_WIDE, n_in // X_WIDE * X_WIDE, x_stride // X_WIDE * X_WIDE,
+            N_ROWS, PRECISION, BLOCK_DEPTH,
+        )  # fmt: skip
+    elif n_out % D_WIDE == 0:
+        _weight_tile(
+            x_ptr + x_at, d_z_ptr + d_z_at // D_WIDE * D_WIDE, to_ptr + to,
+            out, feature, n_out // D_WIDE * D_WIDE, n_in, x_stride, N_ROWS, PRECISION, BLOCK_DEPTH,
         )  # fmt: skip
     else:
         _weight_tile(
@@ -98,6 +106,10 @@ def _weight_tile(
     for start in range(0, N_ROWS, BLOCK_DEPTH):
         row = (start + tl.arange(0, BLOCK_DEPTH)).to(tl.int64)
         d_z = load_tile(d_z_ptr, row, row < N_ROWS, out, n_out, n_out)
+        if d_z.dtype == tl.float32:
+            # Nothing changes; but what goes straight to a product turned round is copied as that takes it, number by
+            # number, and this is copied by 16 bytes.
+            d_z = tl.where((row < N_ROWS)[:, None], d_z, 0.0)
         x = load_tile(x_ptr, row, row < N_ROWS, feature, n_in, x_stride)
         total = rounded_product(tl.trans(d_z), x, total, PRECISION)
     mask = (out < n_out)[:, None] & (feature < n_in)[None, :]

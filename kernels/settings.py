@@ -41,7 +41,10 @@ SETTINGS = {
     ("routed_modules_fwd", "tf32"): ([Settings(16, 64, 4, 2)], [Settings(16, 64, 8, 2)]),
     ("routed_modules_fwd", "bf16"): ([Settings(16, 64, 4, 3)], [Settings(16, 64, 8, 2)]),
     ("routed_modules_bwd", "float32"): ([Settings(16, 64, 8, 3)], [Settings(16, 32, 8, 2)]),
-    ("routed_modules_bwd", "tf32"): ([Settings(16, 64, 4, 3, _MANY), Settings(16, 64, 8, 3)], [Settings(16, 64, 8, 2)]),
+    ("routed_modules_bwd", "tf32"): (
+        [Settings(16, 64, 4, 2, 2 * _MANY), Settings(16, 64, 8, 3)],
+        [Settings(16, 64, 8, 2)],
+    ),
     ("routed_modules_bwd", "bf16"): ([Settings(16, 64, 4, 3, _MANY), Settings(16, 64, 8, 3)], [Settings(16, 32, 8, 2)]),
 }
 ENOUGH = MULTIPROCESSORS

@@ -16,6 +16,7 @@ class Beside:
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._branched = False  # since the last `join`
 
     @contextmanager
     def branch(self) -> Iterator[None]:
@@ -24,10 +25,12 @@ class Beside:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream())
+        self._branched = True
         with torch.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
         """What is launched from here on starts after all branches."""
-        if self._stream is not None:
+        if self._stream is not None and self._branched:  # a capture may wait for a stream only if it has work there
             torch.cuda.current_stream().wait_stream(self._stream)
+            self._branched = False

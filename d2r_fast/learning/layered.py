@@ -222,15 +222,13 @@ class LayeredPass:
             *(self._task, net.n_tasks, d_z["base1"], d_z["task"], precision),
         )
         to_input("base1", d_z["base1"], d_z["base0"], kept["base0"])
-        if self._learns:
-            with self._beside.branch():
-                _network_gradient(flat.gradient, plan.table, self._buffer, self._x, buffer)
         to_x = range(1 if self._learns else 0, plan.n_back)
-        if len(to_x) == 0:
-            return None
         d_x = self._f.new_empty(len(to_x) * n, net.n_in)
         for own, i in zip(d_x.split(n), to_x, strict=True):
             of_set = range(i, n_members, plan.n_back)
             # Rows of so odd a width are copied 4 bytes at a time, which takes numbers of 4 bytes: not bfloat16.
             _linear_backward(d_z["base0"], self._all, place["base0"], None, own, precision, of_set)
-        return d_x
+        if self._learns:  # after that launch, which would be several times as long beside this one
+            with self._beside.branch():
+                _network_gradient(flat.gradient, plan.table, self._buffer, self._x, buffer)
+        return d_x if len(to_x) > 0 else None
