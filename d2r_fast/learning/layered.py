@@ -224,8 +224,8 @@ class LayeredPass:
         to_input("base1", d_z["base1"], d_z["base0"], kept["base0"])
         to_x = range(1 if self._learns else 0, plan.n_back)
         d_x = self._f.new_empty(len(to_x) * n, net.n_in)
-        for own, i in zip(d_x.split(n), to_x, strict=True):
-            of_set = range(i, n_members, plan.n_back)
+        for at, i in enumerate(to_x):
+            own, of_set = d_x[at * n :][:n], range(i, n_members, plan.n_back)
             # Rows of so odd a width are copied 4 bytes at a time, which takes numbers of 4 bytes: not bfloat16.
             _linear_backward(d_z["base0"], self._all, place["base0"], None, own, precision, of_set)
         if self._learns:  # after that launch, which would be several times as long beside this one
