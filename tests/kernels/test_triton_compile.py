@@ -46,8 +46,12 @@ def test_every_kernel_is_reported(rows):
     for size in ("N16-K2-D128", "N32-K4-D256"):
         for precision in ("float32", "tf32", "bf16"):
             assert sum(row["size"] == size and row["precision"] == precision for row in rows) >= 3
-    side_by_side = {row["kernel"] for row in rows if row["size"] == "N16-K2-D128-E2-B6400"}
-    assert side_by_side == {"routed_modules_fwd", "routed_modules_bwd"}
+    # Rows in order, of which there are more; and the settings for many programs.
+    assert {row["kernel"] for row in rows if row["size"] == "N16-K2-D128-E4"} >= {
+        "routed_modules_fwd",
+        "routed_modules_bwd",
+    }
+    assert {row["kernel"] for row in rows if row["size"] == "N16-K2-D128-E2-B6400"} == {"routed_modules_bwd"}
 
 
 def test_registers_and_shared_memory_suffice(rows):
@@ -63,7 +67,7 @@ def test_loads_are_wide_and_products_use_the_matrix_units(rows):
         assert row["wide_loads"] + row["wide_copies"] >= 4 or row["size"].split("-E")[0] in UNALIGNED, row
         if row["kernel"].startswith("ensemble_linear"):
             assert row["wide_copies"] == row["copies"] or row["size"].split("-E")[0] in UNALIGNED, row
-        assert (row["product"] == "FFMA") == (row["precision"] == "float32"), row
+        assert row["product"] != "FFMA", row  # float32's too, as three of tf32
 
 
 @pytest.mark.parametrize(
@@ -123,11 +127,11 @@ def test_the_report_tells_barriers_by_their_loops():
 
 
 def test_copies_are_under_way_while_products_are_made(rows):
-    """Two buffers that are two; but for a forward that would then take 146 registers a thread."""
+    """But for walks in tf32 by two stages, one of them under way, which were faster so (kernels/settings.py)."""
     for row in rows:
-        if row["copies"] > 0 and row["size"] != "N32-K4-D256":
-            single = (row["kernel"], row["precision"]) == ("routed_modules_fwd", "float32")
-            assert (row["in_flight"] == 0) == single, row
+        if row["copies"] > 0 and not row["size"].startswith("N32-K4-D256"):
+            walks = row["kernel"].startswith("routed_modules") and row["precision"] == "tf32"
+            assert row["in_flight"] > 0 or walks, row
 
 
 @pytest.mark.parametrize(
