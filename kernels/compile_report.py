@@ -33,8 +33,8 @@ MAX_STACK = {
     **{"weight_gradient": 16, "network_gradient": 32, "ensemble_linear_bwd": 24},
     "split_base": 24,  # of 16 warps: 128 registers at most
 }
-"""Bytes a thread may spill (others: none), by the version of ptxas, of Triton 3.6 to 3.9. Of the modules, going back,
-what a route hands on to is held through its product, by few warps, which on an H200 was as fast as more warps without."""
+"""Bytes a thread may spill (others: none), by the version of ptxas, of Triton 3.6 to 3.9. Going back through modules,
+few warps hold what a route hands on to through its product: on an H200 as fast as more warps without."""
 WARPGROUP = 4
 """Warps that make a wgmma together."""
 MAX_SHARED = 227 * 1024
