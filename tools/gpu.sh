@@ -4,16 +4,16 @@
 #   bash tools/gpu.sh OUT PART...     OUT/PART.tar.gz then holds every log, table, JSON and picture of the part
 #
 #   warm      compiles what update times, by many processes at once; beside tests, in the background
-#   tests     GPU tests, the Triton kernels on the device, golden vectors, errors by precision
-#   update    the update of MT10 with its traces, the linear layers against torch's products: three minutes
+#   tests     GPU tests, the Triton kernels on the device, golden vectors, errors by precision: two minutes
+#   cpu       the CPU's tests, for the sake of instruction sets that other machines lack
+#   update    every kernel of the updates, MT10's against the reference, the linear layers against torch's: two minutes
 #   benches   the update of MT50, the operation, acting, memory
 #   sanitize  what the Triton kernels compile to there, and compute-sanitizer over them at small sizes
 #   train     mt10-rand for four minutes, interrupted and resumed; mt50-rand for one
 #   rates     steps/s, updates/s and idle shares of MT10 and MT50; environment steps alone
 #
-# Each part is meant for one call of ten minutes; what comes first matters most, and the archive is written after every
-# step, so that a call that is cut off has shown what it could. A step that fails or takes too long is told, and the
-# next one goes on.
+# What comes first matters most, and the archive is written after every step, so that a call that is cut off has shown
+# what it could. A step that fails or takes too long is told, and the next one goes on.
 # Needs a Python with torch, triton, numpy, pytest, hypothesis, psutil and matplotlib, and CMake; train, rates and some
 # tests also EnvPool, Meta-World, Gymnasium, tyro, cattrs and tensorboard. Uses a copy of the tree and installs nothing.
 set -euo pipefail
