@@ -30,7 +30,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 MAX_STACK = {
     "routed_modules_fwd": 32,
     "routed_modules_bwd": 80,
-    **{"weight_gradient": 16, "network_gradient": 32, "ensemble_linear_bwd": 24},
+    **{"weight_gradient": 40, "network_gradient": 32, "ensemble_linear_bwd": 24},
     "split_base": 24,  # of 16 warps: 128 registers at most
 }
 """Bytes a thread may spill (others: none), by the version of ptxas, of Triton 3.6 to 3.9. Going back through modules,
