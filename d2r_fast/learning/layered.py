@@ -96,7 +96,6 @@ class Plan:
         )
         places = {name: torch.tensor([self._place(m, name) for m in self.members]) for name in self.layers}
         self.place = {name: place.to(x.device) for name, place in places.items()}
-        self.precision = cfg.precision
         self.gradients: list[Product | Sum] = self._gradients(flat, *nets[0]) if n_back else []
         # What the launch computes that writes them.
         self.table: Any = _gradient_table(x, self.gradients, cfg.precision, n_rows) if n_back else None
@@ -187,7 +186,7 @@ class LayeredPass:
         n_members = net.n_nets * plan.n_back
         buffer = self._buffer.new_empty(plan.d_z.size)
         d_z = plan.d_z.of(buffer)
-        d_z["head"].copy_(d_out.view(n_members, n, -1))
+        d_z["head"].copy_(d_out.reshape(n_members, n, -1))
 
         def fresh(width: int) -> Tensor:
             return self._f.new_empty(n_members, n, width)
@@ -204,7 +203,7 @@ class LayeredPass:
             *(self._order, d_z["module0"], d_gate, True),
         )
         index, gate, _, active = self._routes
-        self._read_beside = adjoint, buffer
+        self._read_beside = adjoint, buffer  # held until the branches are joined, see `Beside`
         if self._learns:
             with self._beside.branch():
                 _modules_gradient(
